@@ -1,0 +1,1 @@
+"""Generated from proto/esper/common by .ci/generate.sh; never edited."""

@@ -1,0 +1,1 @@
+"""One test suite per port or service, run against each implementation."""

@@ -1,0 +1,1 @@
+"""Real brokers and databases for the tests, started lazily and always stopped."""
