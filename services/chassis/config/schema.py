@@ -1,0 +1,290 @@
+"""The one typed configuration tree of Esper.
+
+Every key has its default, its unit and its meaning here and nowhere else; ``configs/experiment.yaml``
+is the annotated template of the same tree and a test keeps the two equal. Unknown keys are errors
+(see :mod:`services.chassis.config.loader` for file, line and nearest valid key).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveSeconds = Annotated[float, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+FactoryPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class Section(BaseModel):
+    """A section of the tree: strict about keys and types, immutable once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    name: str | None = Field(default=None, description="Name of the run; null: <config file>-<time>-<random>.")
+    seed: int = Field(
+        default=0, ge=0, description="Root of all generators: initialisation, data order, augmentation, controller."
+    )
+    output_dir: Path = Field(default=Path("runs"), description="Run folders are made under here.")
+    state_dir: Path | None = Field(
+        default=None, description="State of the services that may outlive the run; null: inside the run folder."
+    )
+
+
+class DataConfig(Section):
+    name: Literal["digits", "cifar10", "cifar100", "factory"] = Field(default="digits", description="Which data set.")
+    data_dir: Path | None = Field(
+        default=None, description="Folder of the official CIFAR files, or passed to the factory."
+    )
+    factory: FactoryPath | None = Field(
+        default=None,
+        description="package.module:callable(data_dir) -> (train_images, train_labels, test_images, test_labels), for name: factory.",
+    )
+    validation_ratio: float = Field(
+        default=0.1, gt=0, lt=0.5, description="Share of the training set held out for decisions."
+    )
+    batch_size: int = Field(default=64, ge=1, description="Images per optimizer step.")
+    evaluation_batch_size: int = Field(default=512, ge=1, description="Images per forward pass of an evaluation.")
+    flip: bool = Field(default=False, description="Mirror images left-right, alternating by epoch.")
+    translate: int = Field(default=0, ge=0, description="Random translation of training images, pixels.")
+    limit: int | None = Field(default=None, ge=1, description="Use only the first N training images; null: all.")
+
+
+class ModelConfig(Section):
+    name: Literal["cnn", "mlp", "factory"] = Field(default="cnn", description="Which host network.")
+    factory: FactoryPath | None = Field(
+        default=None, description="package.module:callable(input_shape, classes) -> torch.nn.Module, for name: factory."
+    )
+    widths: list[int] = Field(
+        default_factory=lambda: [8, 16, 24],
+        min_length=1,
+        description="Channels per group (cnn) or features per hidden layer (mlp).",
+    )
+    weights: Path | None = Field(
+        default=None,
+        description="Start from this trained checkpoint of the host (.safetensors, or a state dict read with weights_only).",
+    )
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(default=0.1, gt=0, description="Peak rate.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Nesterov momentum (sgd).")
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup_ratio: Ratio = Field(
+        default=0.1, description="Share of the schedule for the linear warm-up; then linear decay to 0."
+    )
+    newborn_warmup_steps: int = Field(
+        default=0, ge=0, description="Linear warm-up of a newborn parameter group, steps."
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Clip each parameter group's gradient norm; null: never."
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(default=30, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    threads: int = Field(default=1, ge=1, description="Threads of torch in the training process; results depend on it.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Autocast precision of forward and backward."
+    )
+    checkpoint_every_epochs: int = Field(default=1, ge=1)
+    checkpoint_keep: int = Field(default=5, ge=1, description="Newest checkpoints kept.")
+    max_restarts: int = Field(
+        default=3, ge=0, description="How often the supervisor resumes a training process that died."
+    )
+
+
+class BudgetConfig(Section):
+    """Exactly one limit may be set; the value is a multiple of the host's own cost."""
+
+    flops: float | None = Field(default=None, gt=1.0, description="Final forward FLOPs, as a multiple of the host's.")
+    parameters: float | None = Field(default=None, gt=1.0, description="Final parameters, as a multiple of the host's.")
+
+
+class EvaluationConfig(Section):
+    threshold: float = Field(
+        default=0.0, description="Contribution (points of validation accuracy) at or above which a seed stays."
+    )
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Of the interval around a contribution.")
+    min_epochs: int = Field(default=2, ge=0, description="Epochs between grafting and the first counterfactual.")
+    cull: Literal["remove", "rewind"] = Field(default="remove", description="How a culled seed leaves after grafting.")
+
+
+class GrowthConfig(Section):
+    enabled: bool = True
+    policy: str = Field(
+        default="utilization", description="Policy that Tamiyo runs for this run: a name, or policies/<p>@<version>."
+    )
+    window: tuple[float, float] = Field(
+        default=(0.05, 0.3), description="Share of the schedule in which decisions are made."
+    )
+    decisions: int = Field(
+        default=3, ge=1, description="Decisions, evenly spread over the window (at epoch boundaries)."
+    )
+    budget: BudgetConfig = BudgetConfig(flops=2.5)
+    max_factor: float = Field(
+        default=2.0, gt=1.0, description="A layer grows at most to this multiple of its width per decision."
+    )
+    slots: list[str] | None = Field(
+        default=None, description="Only these slots may grow (module paths, * allowed); null: all found."
+    )
+    blueprints: list[str] | None = Field(
+        default=None, description="Only these blueprint ids or tags; null: all active."
+    )
+    health_samples: int = Field(default=512, ge=16, description="Images per health measurement.")
+    health_every_epochs: int = Field(
+        default=1, ge=1, description="Epochs between two health measurements inside the window."
+    )
+    decision_deadline_seconds: PositiveSeconds = Field(
+        default=0.5, description="Tamiyo answers within this or there is no adaptation."
+    )
+    wait_for_kernel: bool = Field(
+        default=False,
+        description="Benchmarks only: hold the step until the kernel is there, so that compile time cannot change the result.",
+    )
+    kernel_timeout_epochs: int = Field(
+        default=5, ge=1, description="A germinated seed without a kernel is cancelled after this many epochs."
+    )
+    isolation_steps: int = Field(default=100, ge=0, description="Steps a branch learns isolated (TRAINING).")
+    blend_steps: int = Field(default=50, ge=1, description="Steps of the alpha ramp of a branch (GRAFTING).")
+    stabilization_steps: int = Field(default=20, ge=0)
+    fine_tuning_steps: int = Field(default=50, ge=0)
+    embargo_epochs: int = Field(default=3, ge=0, description="Epochs a slot rests after a cull.")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    kernel_cache_bytes: int = Field(default=64 * 2**20, ge=0, description="Bound of Kasmina's kernel cache, bytes.")
+
+
+class GovernorConfig(Section):
+    enabled: bool = True
+    window_steps: int = Field(default=50, ge=10, description="Steps of the running loss statistics.")
+    spike_sigmas: float = Field(
+        default=8.0, gt=0, description="A loss this many robust deviations above the median of the window is unstable."
+    )
+    patience_steps: int = Field(
+        default=5, ge=1, description="Unstable steps in a row that make a divergence; NaN is one at once."
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="Then the run ends with its reason.")
+    rate_scale: float = Field(
+        default=0.5, gt=0, le=1, description="Learning rate factor after a rollback with no seed to blame."
+    )
+
+
+class TlsConfig(Section):
+    certificate: Path | None = None
+    key: Path | None = None
+    ca: Path | None = Field(
+        default=None, description="Trust root of clients; with require_client_certificate of servers too (mTLS)."
+    )
+    require_client_certificate: bool = False
+
+
+class ServiceConfig(Section):
+    address: str | None = Field(default=None, description="host:port of a running service; null: train.py starts one.")
+    port: Port = Field(default=0, description="Port to listen on; 0: any free one.")
+
+
+class UrzaConfig(ServiceConfig):
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL; null: SQLite in the state folder.")
+    artifacts_dir: Path | None = Field(default=None, description="Folder of the artifacts; null: in the state folder.")
+
+
+class TezzeretConfig(ServiceConfig):
+    workers: int = Field(default=1, ge=1, description="Worker processes.")
+    queue_limit: int = Field(default=64, ge=1, description="Jobs waiting; one more is refused.")
+    job_timeout_seconds: PositiveSeconds = 60.0
+    worker_memory_bytes: int = Field(
+        default=3 * 2**30, ge=2**28, description="Resident set at which a worker is ended."
+    )
+
+
+class TamiyoConfig(ServiceConfig):
+    decision_log_limit: int = Field(default=10_000, ge=100, description="Decisions kept.")
+
+
+class KafkaConfig(Section):
+    bootstrap_servers: list[str] = Field(default_factory=lambda: ["127.0.0.1:9092"])
+    topic_prefix: str = Field(default="", description="Put before every topic name, to share a broker.")
+    replication_factor: int = Field(default=1, ge=1)
+
+
+class OonaConfig(ServiceConfig):
+    backend: Literal["embedded", "kafka"] = "embedded"
+    kafka: KafkaConfig = KafkaConfig()
+    partitions: int = Field(default=4, ge=1)
+    retention_bytes: int = Field(default=256 * 2**20, ge=2**20, description="Embedded log: bytes kept per topic.")
+    max_delivery_attempts: int = Field(default=5, ge=1, description="Then an event goes to the dead letters.")
+
+
+class KasminaConfig(ServiceConfig):
+    command_queue_limit: int = Field(default=256, ge=1)
+
+
+class TolariaConfig(ServiceConfig):
+    command_queue_limit: int = Field(default=256, ge=1)
+
+
+class ServicesConfig(Section):
+    host: str = Field(
+        default="127.0.0.1",
+        description="Interface the started services listen on; other than loopback needs tls or insecure.",
+    )
+    insecure: bool = Field(default=False, description="Allow a non-loopback interface without TLS.")
+    tls: TlsConfig = TlsConfig()
+    startup_timeout_seconds: PositiveSeconds = 30.0
+    rpc_timeout_seconds: PositiveSeconds = Field(default=5.0, description="Deadline of a call that names none.")
+    max_deadline_seconds: PositiveSeconds = Field(default=3600.0, description="Servers cut longer deadlines to this.")
+    max_concurrent_rpcs: int = Field(default=256, ge=1, description="Per server; more are answered RESOURCE_EXHAUSTED.")
+    drain_seconds: PositiveSeconds = Field(default=5.0, description="Grace for calls under way on SIGTERM.")
+    restart_backoff_seconds: PositiveSeconds = Field(
+        default=0.2, description="First wait before a crashed service is restarted; doubles up to 5 s."
+    )
+    max_restarts: int = Field(
+        default=10, ge=0, description="Per service; then it stays down and the run goes on without."
+    )
+    urza: UrzaConfig = UrzaConfig()
+    tezzeret: TezzeretConfig = TezzeretConfig()
+    tamiyo: TamiyoConfig = TamiyoConfig()
+    oona: OonaConfig = OonaConfig()
+    kasmina: KasminaConfig = KasminaConfig()
+    tolaria: TolariaConfig = TolariaConfig()
+
+
+class TelemetryConfig(Section):
+    traces: Literal["file", "otlp", "off"] = Field(
+        default="file", description="file: OTLP JSON lines in the run folder."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None, description="host:port of an OTLP/gRPC collector, for traces: otlp."
+    )
+    queue_size: int = Field(default=8192, ge=128, description="Spans waiting for export; more are dropped and counted.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    event_queue_size: int = Field(
+        default=4096,
+        ge=16,
+        description="Events waiting in the training process for Oona; more are dropped and counted.",
+    )
+
+
+class EsperConfig(Section):
+    """The root of the tree."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    growth: GrowthConfig = GrowthConfig()
+    governor: GovernorConfig = GovernorConfig()
+    compare: list[Literal["host", "bigger"]] = Field(
+        default_factory=list,
+        description="Controls trained beside the run: the host without growth, the final shape from scratch.",
+    )
+    services: ServicesConfig = ServicesConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()

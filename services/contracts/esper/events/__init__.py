@@ -1,0 +1,1 @@
+"""Generated from proto/esper/events by .ci/generate.sh; never edited."""

@@ -1,0 +1,1 @@
+"""Generated from proto/esper/kasmina by .ci/generate.sh; never edited."""

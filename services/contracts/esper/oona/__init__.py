@@ -1,0 +1,1 @@
+"""Generated from proto/esper/oona by .ci/generate.sh; never edited."""

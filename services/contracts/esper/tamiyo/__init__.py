@@ -1,0 +1,1 @@
+"""Generated from proto/esper/tamiyo by .ci/generate.sh; never edited."""

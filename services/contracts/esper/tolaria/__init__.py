@@ -1,0 +1,1 @@
+"""Generated from proto/esper/tolaria by .ci/generate.sh; never edited."""
