@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Runs the tests: test.sh all | fast   (after setup.sh tests; arguments that follow go to pytest)
+#   all   lint, every test with coverage of all processes, coverage thresholds; ends with one line a part
+#   fast  the checks that take seconds and the fast tier
+# A part that fails does not hide the next; the exit code is 0 only when all of them passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python
+export PATH="$PWD/.venv/bin:$PWD/.tools/bin:$PATH"
+# Threads of torch and numpy beyond the two cores only fight; the tests start many processes.
+export OMP_NUM_THREADS=1
+tier=${1:-all}
+shift || true
+
+verdicts=() code=0
+# part NAME COMMAND...
+part() {
+    local name=$1 began=$SECONDS
+    shift
+    echo "== $name"
+    if "$@"; then
+        verdicts+=("$name: passed ($((SECONDS - began)) s)")
+    else
+        verdicts+=("$name: FAILED ($((SECONDS - began)) s)")
+        code=1
+    fi
+}
+
+# Well within CI's own limit, so that a hang is reported by us, with the stacks of all threads.
+limited() { timeout --signal=INT --kill-after=120 75m "$@"; }
+
+coverage_report() {
+    # Parts left by processes that ended in order; one that was killed leaves none.
+    "$python" -m coverage combine --quiet || return 1
+    "$python" -m coverage report || return 1
+    "$python" -m coverage json --quiet -o .tools/coverage.json || return 1
+    "$python" .ci/coverage_gate.py .tools/coverage.json
+}
+
+case "$tier" in
+    all)
+        "$python" -m coverage erase
+        part "lint" .ci/lint.sh
+        part "tests" limited "$python" -m coverage run -m pytest --durations=25 "$@"
+        part "coverage" coverage_report
+        ;;
+    fast)
+        part "ruff" "$python" -m ruff check --quiet .
+        part "generated code" .ci/generate.sh --check
+        part "tests" limited "$python" -m pytest -m "not slow and not full and not kafka and not postgres" "$@"
+        ;;
+    *) echo "usage: test.sh all|fast [PYTEST ARGUMENT...]" >&2; exit 2 ;;
+esac
+echo "== summary"
+printf '%s\n' "${verdicts[@]}"
+exit "$code"

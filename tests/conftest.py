@@ -1,0 +1,33 @@
+"""Fixtures and tiers of all tests.
+
+The fast tier is everything but `slow`, `full`, `kafka` and `postgres`. Tests of whole processes (integration, faults,
+benchmarks) are `full` unless they say `fast`; a test that asks for a broker or a database is marked by its fixture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import services  # noqa: F401 - puts the generated contracts on sys.path
+from tests.infrastructure.kafka import _kafka_session, kafka_broker
+from tests.infrastructure.postgres import _postgres_port, postgres_url
+
+__all__ = ["_kafka_session", "_postgres_port", "kafka_broker", "postgres_url"]
+
+_TESTS: Final = Path(__file__).parent
+_WHOLE: Final = ("integration", "faults", "benchmarks")
+_FIXTURES: Final = {"_kafka_session": "kafka", "_postgres_port": "postgres"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by folder and fixture, so that no tier depends on somebody's memory."""
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _WHOLE and item.get_closest_marker("fast") is None:
+            item.add_marker("full")
+        for fixture, marker in _FIXTURES.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
