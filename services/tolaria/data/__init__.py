@@ -1,0 +1,1 @@
+"""Data sets as whole tensors: readers, splits, batches as a function of (seed, epoch, step), downloads."""

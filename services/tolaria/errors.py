@@ -1,0 +1,60 @@
+"""Everything that can go wrong with training, as one tree.
+
+Each message is for the person who started the run: it names the file, the key or the layer, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class TolariaError(Exception):
+    """Root of the tree."""
+
+
+class DataError(TolariaError):
+    """A data set cannot be used: missing, damaged, or not of the promised shape."""
+
+
+class DataMissingError(DataError):
+    """Files of a data set are not there."""
+
+
+class DataCorruptError(DataError):
+    """A file of a data set is not what its publisher published."""
+
+
+class DownloadError(DataError):
+    """A download did not finish; what arrived is kept and resumed next time."""
+
+
+class FactoryError(TolariaError):
+    """A user's factory cannot be imported, failed, or returned something unusable."""
+
+
+class ModelError(TolariaError):
+    """A host network cannot be built from the configuration."""
+
+
+class CheckpointError(TolariaError):
+    """A checkpoint cannot be used: damaged, of another version, or of another run."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written; those before it are intact."""
+
+
+class JournalError(TolariaError):
+    """The run's journal cannot be used, or does not agree with what the run does."""
+
+
+class TrainingFailedError(TolariaError):
+    """The run ended for its own reason: the governor's patience is spent."""
+
+
+class TestSetTouchedError(TolariaError):
+    """Something asked for the test set before the end of training, or a second time."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+
+class ExportError(TolariaError):
+    """The grown network cannot be exported or rebuilt."""
