@@ -9,6 +9,9 @@ python=$PWD/.venv/bin/python
 export PATH="$PWD/.venv/bin:$PWD/.tools/bin:$PATH"
 # Threads of torch and numpy beyond the two cores only fight; the tests start many processes.
 export OMP_NUM_THREADS=1
+# Absolute: processes of the tests run in folders of their own, and leave their part of the coverage here all the same.
+export COVERAGE_FILE=$PWD/.tools/coverage/data
+mkdir -p .tools/coverage
 tier=${1:-all}
 shift || true
 
@@ -33,8 +36,8 @@ coverage_report() {
     # Parts left by processes that ended in order; one that was killed leaves none.
     "$python" -m coverage combine --quiet || return 1
     "$python" -m coverage report || return 1
-    "$python" -m coverage json --quiet -o .tools/coverage.json || return 1
-    "$python" .ci/coverage_gate.py .tools/coverage.json
+    "$python" -m coverage json --quiet -o .tools/coverage/report.json || return 1
+    "$python" .ci/coverage_gate.py .tools/coverage/report.json
 }
 
 case "$tier" in

@@ -37,8 +37,9 @@ fetch() {
     command -v mvn >/dev/null || { echo "kafka: Maven is missing, it brings the broker's jars (Debian: apt-get install maven)" >&2; exit 3; }
     echo "kafka: fetching the broker's jars with Maven"
     rm -rf "$home/libs"
-    mvn -B -q -Dstyle.color=never -f "$here/pom.xml" dependency:copy-dependencies "-DoutputDirectory=$home/libs" >&2
     mkdir -p "$home"
+    mvn -B -q -f "$here/pom.xml" dependency:copy-dependencies "-DoutputDirectory=$home/libs" >"$home/fetch.log" 2>&1 ||
+        { echo "kafka: Maven could not fetch them:" >&2; tail -n 20 "$home/fetch.log" >&2; exit 1; }
     printf '%s' "$wanted" >"$home/stamp"
 }
 

@@ -1,0 +1,177 @@
+"""The scripts of .ci: a drift is found, a hole in the coverage fails the run, set-up refuses what it cannot use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.infrastructure.processes import ROOT
+
+
+def script(name: str) -> ModuleType:
+    """A module of .ci, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=None if env is None else dict(env), capture_output=True, text=True, check=False
+    )
+
+
+def report(**percent: float) -> dict[str, object]:
+    """What `coverage json` writes, for files named by keyword (`__` stands for `/`)."""
+    files = {
+        f"{name.replace('__', '/')}.py": {"summary": {"percent_covered": value}} for name, value in percent.items()
+    }
+    return {"files": files, "totals": {"percent_covered": 95.0}}
+
+
+def test_coverage_gate_holds_each_file_to_its_threshold() -> None:
+    gate = script("coverage_gate")
+    assert (
+        gate.shortfalls(report(train=100.0, services__urza__library=90.0, services__chassis__config__schema=100.0))
+        == []
+    )
+    assert gate.shortfalls(report(services__tolaria__trainer=99.9, services__urza__library=89.9, train=99.0)) == [
+        "services/tolaria/trainer.py: 99.9 % is below 100 %",
+        "services/urza/library.py: 89.9 % is below 90 %",
+        "train.py: 99.0 % is below 100 %",
+    ]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what generation needs, with the environment of this one."""
+    for folder in (".ci", "proto", "services/contracts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def generate(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, str(checkout / ".ci/generate.py"), *arguments, cwd=checkout)
+
+
+def test_committed_contracts_are_what_is_generated(checkout: Path) -> None:
+    done = generate(checkout, "--check")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_a_changed_contract_is_a_drift_until_generated(checkout: Path) -> None:
+    proto = checkout / "proto/esper/common/v1/common.proto"
+    proto.write_text(proto.read_text(encoding="utf-8") + "\n// New.\nmessage Added {}\n", encoding="utf-8")
+    (checkout / "services/contracts/esper/common/v1/gone_pb2.py").write_text("", encoding="utf-8")
+    drift = generate(checkout, "--check", "common")
+    assert drift.returncode == 1
+    assert "common_pb2.py" in drift.stdout
+    assert "gone_pb2.py" in drift.stdout
+    assert "1 removed" in generate(checkout, "common").stdout
+    assert generate(checkout, "--check", "common").returncode == 0
+    assert "0 changed, 0 removed" in generate(checkout, "common").stdout
+
+
+def test_a_broken_contract_changes_nothing(checkout: Path) -> None:
+    before = (checkout / "services/contracts/esper/common/v1/common_pb2.py").read_bytes()
+    (checkout / "proto/esper/common/v1/common.proto").write_text("message {", encoding="utf-8")
+    done = generate(checkout, "common")
+    assert done.returncode == 1
+    assert "protoc failed" in done.stderr
+    assert "common.proto" in done.stderr
+    assert (checkout / "services/contracts/esper/common/v1/common_pb2.py").read_bytes() == before
+
+
+def test_an_unknown_component_is_named(checkout: Path) -> None:
+    done = generate(checkout, "nowhere")
+    assert done.returncode == 1
+    assert "no such component: proto/esper/nowhere" in done.stderr
+
+
+def test_breaking_change_against_the_baseline_is_refused(checkout: Path, tmp_path: Path) -> None:
+    buf = Path(sys.executable).parent / "buf"
+    shutil.copy(ROOT / "buf.yaml", checkout)
+    image = tmp_path / "baseline.binpb"
+    assert run(str(buf), "build", "-o", str(image), cwd=checkout).returncode == 0
+    proto = checkout / "proto/esper/common/v1/common.proto"
+    text = proto.read_text(encoding="utf-8")
+    assert "bytes value = 2;" in text
+    proto.write_text(text.replace("bytes value = 2;", "string value = 2;"), encoding="utf-8")
+    done = run(str(buf), "breaking", "--against", str(image), cwd=checkout)
+    assert done.returncode != 0
+    assert "value" in done.stdout
+
+
+def test_help_lists_every_command() -> None:
+    done = run("make", "--no-print-directory", "help")
+    assert done.returncode == 0
+    for command in ("run", "test", "test-fast", "lint", "proto", "format", "clean"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_setup_names_a_python_that_is_too_old(tmp_path: Path) -> None:
+    for name in (".ci", "requirements"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.8.1\nexit 1\n', encoding="utf-8")
+    old.chmod(0o755)
+    done = run("bash", ".ci/setup.sh", "python", cwd=tmp_path, env={**os.environ, "PYTHON": str(old)})
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"setup: Python 3.11 or newer is needed, {old} is 3.8.1 (set PYTHON to another)"
+
+
+@pytest.mark.parametrize("name", ["setup.sh", "test.sh"])
+def test_wrong_usage_is_exit_code_2(name: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    done = run("bash", f".ci/{name}", "nonsense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
+def test_missing_programs_fail_ci_and_are_one_line_each(tmp_path: Path) -> None:
+    for name in (".ci", "requirements", "deploy"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    # A PATH with the programs of a bare system: no Java, Go, Node, and no apt to bring them.
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for program in [
+        "bash",
+        "cat",
+        "sha256sum",
+        "cut",
+        "sort",
+        "head",
+        "printf",
+        "flock",
+        "mkdir",
+        "sed",
+        "id",
+        "dirname",
+        "grep",
+        "ls",
+    ]:
+        found = shutil.which(program)
+        assert found is not None
+        (bare / program).symlink_to(found)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").mkdir()
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    wanted = run("bash", "-c", "cat requirements/bootstrap.txt requirements/lock.txt | sha256sum | cut -d' ' -f1")
+    (tmp_path / ".venv/.esper-stamp").write_text(wanted.stdout.strip(), encoding="utf-8")
+    for ci, code in (("false", 0), ("true", 1)):
+        done = run("bash", ".ci/setup.sh", "tests", cwd=tmp_path, env={"PATH": str(bare), "CI": ci})
+        lines = done.stderr.splitlines()
+        assert done.returncode == code
+        for program in ("Java 17", "Maven", "Go 1.23", "Node 20"):
+            assert len([line for line in lines if line.startswith(f"setup: {program} is missing:")]) == 1, lines
