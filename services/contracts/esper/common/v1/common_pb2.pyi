@@ -284,13 +284,21 @@ class LayerInterface(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     WEIGHT_SHAPE_FIELD_NUMBER: _builtins.int
+    OUTPUT_SHAPE_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Module path inside the network, e.g. "features.0.conv1"."""
     operation: _builtins.str
     """Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", ..."""
+    bias: _builtins.bool
+    """Whether it has a bias vector; normalizations always do."""
     @_builtins.property
     def weight_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of its weight as of now."""
+
+    @_builtins.property
+    def output_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape of one sample of its output without the batch dimension; empty where unknown."""
 
     def __init__(
         self,
@@ -298,10 +306,12 @@ class LayerInterface(_message.Message):
         path: _builtins.str = ...,
         operation: _builtins.str = ...,
         weight_shape: _abc.Iterable[_builtins.int] | None = ...,
+        output_shape: _abc.Iterable[_builtins.int] | None = ...,
+        bias: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation", "path", b"path", "weight_shape", b"weight_shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "operation", b"operation", "output_shape", b"output_shape", "path", b"path", "weight_shape", b"weight_shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,68 @@
+"""The families of blueprints. To add one is to add a file here and one line to ``_FAMILIES``.
+
+A family says, without torch: which parameters it takes, where it may go, what it costs, which path through the
+seed lifecycle it walks, how its weights are born, and of which layers it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from services.blueprints.families import residual_bottleneck, widen
+from services.blueprints.families.family import Family
+from services.blueprints.spec import Blueprint, Interface, SpecError, check_size
+
+__all__ = ["FAMILIES", "Family", "builtin_blueprints", "check", "check_fit", "family_of"]
+
+_FAMILIES: tuple[Family, ...] = (widen.FAMILY, residual_bottleneck.FAMILY)
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _FAMILIES})
+"""All families by name."""
+
+
+def family_of(blueprint: Blueprint) -> Family:
+    """The family of a blueprint.
+
+    Raises:
+        SpecError: There is none of that name.
+    """
+    family = FAMILIES.get(blueprint.family)
+    if family is None:
+        raise SpecError("blueprint.family", f"{blueprint.family!r} is none of {', '.join(sorted(FAMILIES))}")
+    return family
+
+
+def check(blueprint: Blueprint) -> Family:
+    """The family of a blueprint that is sound.
+
+    Raises:
+        SpecError: The family does not exist or does not take its parameters or initialization.
+    """
+    family = family_of(blueprint)
+    family.validate(blueprint.parameters)
+    if blueprint.initialization.rule not in family.rules:
+        allowed = ", ".join(sorted(family.rules))
+        raise SpecError(
+            "blueprint.initialization.rule", f"{blueprint.initialization.rule} is not for {family.name}: {allowed}"
+        )
+    return family
+
+
+def check_fit(blueprint: Blueprint, interface: Interface, size: int) -> Family:
+    """The family of a sound blueprint that fits a place at a size.
+
+    Raises:
+        SpecError: It is unsound, does not go there, or not at that size.
+    """
+    family = check(blueprint)
+    check_size(size)
+    refusal = family.applies_to(interface)
+    if refusal is not None:
+        raise SpecError("interface", refusal)
+    return family
+
+
+def builtin_blueprints() -> tuple[Blueprint, ...]:
+    """One blueprint per family with its default parameters: what a new library starts with."""
+    return tuple(Blueprint(family.name, family.defaults, family.initialization) for family in FAMILIES.values())

@@ -1,0 +1,106 @@
+"""The closed vocabulary: every operation a blueprint can be made of, with its tensors and its cost.
+
+A kernel from a stranger can name nothing else, so nothing it says can run code. FLOPs count two per
+multiply-add of convolutions and linear layers and two per element of a normalization; biases and
+activations count nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Operation(StrEnum):
+    """Operations of layers, spelled as in the contract's ``LayerInterface.operation``."""
+
+    CONV2D = "conv2d"
+    DEPTHWISE_CONV2D = "depthwise_conv2d"
+    LINEAR = "linear"
+    BATCH_NORM2D = "batch_norm2d"
+    BATCH_NORM1D = "batch_norm1d"
+    GROUP_NORM = "group_norm"
+    LAYER_NORM = "layer_norm"
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+    TANH = "tanh"
+    FLATTEN = "flatten"
+
+
+NORMALIZATIONS = frozenset({Operation.BATCH_NORM2D, Operation.BATCH_NORM1D, Operation.GROUP_NORM, Operation.LAYER_NORM})
+"""Operations with one scale and one shift per channel."""
+
+ACTIVATIONS = frozenset({Operation.RELU, Operation.GELU, Operation.SILU, Operation.TANH})
+"""Operations without tensors that act on each element."""
+
+
+class InitRule(StrEnum):
+    """How newborn weights are drawn; every draw is from a private generator seeded by the kernel's recipe."""
+
+    LIVE_RMS = "live_rms"
+    """Normal, each new filter at the root mean square of the live layer's filters; what reads it starts at zero."""
+    KAIMING_NORMAL = "kaiming_normal"
+    """Normal with variance 2 / fan-in (He et al. 2015, arXiv:1502.01852), biases zero."""
+    ZERO_OUTPUT = "zero_output"
+    """As KAIMING_NORMAL, but the last layer starts at zero, so that the branch adds nothing at birth."""
+
+
+DTYPES = frozenset({"float32", "bfloat16"})
+"""Element types of an interface."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer of a branch, in words the builder knows.
+
+    Attributes:
+        name: Name of the layer inside its branch; its tensors are ``<name>.weight`` and ``<name>.bias``.
+        operation: What it does.
+        inputs: Channels or features in.
+        outputs: Channels or features out; equals ``inputs`` where the operation keeps them.
+        kernel_size: Side of a convolution's square kernel, odd; padding keeps the positions.
+        bias: Whether a convolution or linear layer has a bias.
+    """
+
+    name: str
+    operation: Operation
+    inputs: int
+    outputs: int
+    kernel_size: int = 1
+    bias: bool = True
+
+    def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of its tensors by their full names; empty for an operation without weights."""
+        weight: tuple[int, ...]
+        match self.operation:
+            case Operation.CONV2D:
+                weight = (self.outputs, self.inputs, self.kernel_size, self.kernel_size)
+            case Operation.DEPTHWISE_CONV2D:
+                weight = (self.outputs, 1, self.kernel_size, self.kernel_size)
+            case Operation.LINEAR:
+                weight = (self.outputs, self.inputs)
+            case operation if operation in NORMALIZATIONS:
+                weight = (self.outputs,)
+            case _:
+                return {}
+        shapes = {f"{self.name}.weight": weight}
+        if self.bias or self.operation in NORMALIZATIONS:
+            shapes[f"{self.name}.bias"] = (self.outputs,)
+        return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of its parameters."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def flops(self, positions: int) -> int:
+        """FLOPs of one forward pass of one sample.
+
+        Args:
+            positions: Places the layer is applied at: H x W of an image, T of a sequence, 1 of a vector.
+        """
+        weight = self.tensor_shapes().get(f"{self.name}.weight")
+        return 0 if weight is None else 2 * math.prod(weight) * positions
