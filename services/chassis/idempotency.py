@@ -1,0 +1,71 @@
+"""Mutations that may be repeated: the same request id gives the same answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar, cast
+
+from google.protobuf.message import Message
+
+from services.chassis.errors import EsperError, Reason, required
+
+_T = TypeVar("_T")
+_DEFAULT_ENTRIES: Final = 10_000
+
+
+def digest_of(message: Message) -> str:
+    """SHA-256 of a message in deterministic serialisation, hex."""
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).hexdigest()
+
+
+class RequestCache:
+    """Answers by (method, request id), of one process; the oldest go beyond ``entries``. One event loop only.
+
+    Two calls with one id at once run once. A failure is not kept, so that it may be tried again. Where an answer has
+    to survive a restart the component keeps it itself.
+    """
+
+    def __init__(self, entries: int = _DEFAULT_ENTRIES) -> None:
+        self._entries = entries
+        self._answers: OrderedDict[tuple[str, str], tuple[str, asyncio.Future[Any]]] = OrderedDict()
+
+    async def once(self, method: str, request: Message, work: Callable[[], Awaitable[_T]]) -> _T:
+        """The answer to ``request``, made by ``work`` unless the same request was answered before.
+
+        Args:
+            method: name of the rpc.
+            request: a message with a ``request_id``.
+            work: makes the answer.
+
+        Raises:
+            EsperError: REQUIRED_FIELD without an id, REQUEST_ID_REUSED when it came with other content.
+        """
+        request_id: str = request.request_id  # type: ignore[attr-defined]  # every mutation has one; messages share no type that says so
+        if not request_id:
+            raise required("request_id")
+        key, digest = (method, request_id), digest_of(request)
+        if (known := self._answers.get(key)) is not None:
+            if known[0] != digest:
+                raise EsperError(
+                    f"request_id {request_id!r} was used for another request: choose a new one",
+                    reason=Reason.REQUEST_ID_REUSED,
+                )
+            return cast(_T, await asyncio.shield(known[1]))
+        answer = asyncio.ensure_future(_call(work))
+        self._answers[key] = (digest, answer)
+        while len(self._answers) > self._entries:
+            self._answers.popitem(last=False)
+        answer.add_done_callback(lambda done: self._forget_failure(key, done))
+        # Shielded: a caller that hangs up must not undo the work for one that asks again.
+        return await asyncio.shield(answer)
+
+    def _forget_failure(self, key: tuple[str, str], answer: asyncio.Future[Any]) -> None:
+        if answer.cancelled() or answer.exception() is not None:
+            self._answers.pop(key, None)
+
+
+async def _call(work: Callable[[], Awaitable[_T]]) -> _T:
+    return await work()
