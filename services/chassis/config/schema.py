@@ -206,6 +206,7 @@ class TezzeretConfig(ServiceConfig):
 
 
 class TamiyoConfig(ServiceConfig):
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL; null: SQLite in the state folder.")
     decision_log_limit: int = Field(default=10_000, ge=100, description="Decisions kept.")
 
 

@@ -199,6 +199,7 @@ class Candidate(_message.Message):
     BLUEPRINT_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    BRANCH_COSTS_FIELD_NUMBER: _builtins.int
     blueprint: _builtins.str
     """"blueprints/{b}"."""
     family: _builtins.str
@@ -207,17 +208,60 @@ class Candidate(_message.Message):
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Slots it fits: "runs/{r}/slots/{slot}"."""
 
+    @_builtins.property
+    def branch_costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchCost]:
+        """What it would add to the cost where the cost terms cannot tell: one entry per slot of a branch family."""
+
     def __init__(
         self,
         *,
         blueprint: _builtins.str = ...,
         family: _builtins.str = ...,
         slots: _abc.Iterable[_builtins.str] | None = ...,
+        branch_costs: _abc.Iterable[Global___BranchCost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint", b"blueprint", "family", b"family", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint", b"blueprint", "branch_costs", b"branch_costs", "family", b"family", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
+
+@_typing.final
+class BranchCost(_message.Message):
+    """Cost of a branch of size s at a slot: fixed part plus s times the part per size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    FLOPS_FIXED_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_SIZE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIXED_FIELD_NUMBER: _builtins.int
+    PARAMETERS_PER_SIZE_FIELD_NUMBER: _builtins.int
+    slot: _builtins.str
+    """Required. "runs/{r}/slots/{slot}"."""
+    flops_fixed: _builtins.float
+    """Forward FLOPs per sample whatever the size."""
+    flops_per_size: _builtins.float
+    """Forward FLOPs per sample per unit of size."""
+    parameters_fixed: _builtins.float
+    """Parameters whatever the size."""
+    parameters_per_size: _builtins.float
+    """Parameters per unit of size."""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.str = ...,
+        flops_fixed: _builtins.float = ...,
+        flops_per_size: _builtins.float = ...,
+        parameters_fixed: _builtins.float = ...,
+        parameters_per_size: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_fixed", b"flops_fixed", "flops_per_size", b"flops_per_size", "parameters_fixed", b"parameters_fixed", "parameters_per_size", b"parameters_per_size", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BranchCost: _TypeAlias = BranchCost  # noqa: Y015

@@ -1,0 +1,1 @@
+"""Tamiyo: decides if, when, where and how a network adapts, and explains every decision."""
