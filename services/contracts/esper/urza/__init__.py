@@ -1,0 +1,1 @@
+"""Generated from proto/esper/urza by .ci/generate.sh; never edited."""
