@@ -414,7 +414,7 @@ class EventExchange:
             violations.append(
                 FieldViolation(
                     "topic_id",
-                    'must be 1 to 128 of lower-case letters, digits, "_" and "."; not end in ".dlq", not begin with "oona."',
+                    'must be 1 to 128 of lower-case letters, digits, "_" and "."; not ending ".dlq", not beginning "oona."',
                 )
             )
         if not payload_types:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -32,6 +33,7 @@ MAX_WAITING_BYTES: Final = 64 * 2**20
 MAX_WAITING_RECORDS: Final = 100_000
 _CONNECT_MILLISECONDS: Final = 10_000
 _READ_MILLISECONDS: Final = 5_000
+_RETRY_SECONDS: Final = 5.0
 _DELIVERY_MILLISECONDS: Final = 60_000
 _MAX_RECORD_BYTES: Final = 2 * 2**20
 _ALREADY_EXISTS: Final = 36  # Kafka protocol, error code TOPIC_ALREADY_EXISTS
@@ -137,9 +139,9 @@ class KafkaBus:
         """See :class:`services.oona.bus.Bus`."""
         for topic in topics:
             self._spec(topic)
-        member = KafkaReader(
-            self._names, self._consumer_options, group=self._names.kafkas(group), topics=topics, latest=latest
-        )
+        if latest:
+            await self._commit_ends(group, topics)
+        member = KafkaReader(self._names, self._consumer_options, group=self._names.kafkas(group), topics=topics)
         await member.open()
         return member
 
@@ -161,6 +163,17 @@ class KafkaBus:
         }
         await self._at_desk(lambda: self._store_offsets(self._names.kafkas(group), named))
 
+    async def _commit_ends(self, group: str, topics: Sequence[str]) -> None:
+        committed = await self.committed(group)
+        ends = {
+            TopicPartition(topic, partition): bounds.end
+            for topic in topics
+            for partition, bounds in enumerate(await self.ranges(topic))
+            if TopicPartition(topic, partition) not in committed
+        }
+        if ends:
+            await self.commit(group, ends)
+
     def _spec(self, topic: str) -> TopicSpec:
         spec = self._specs.get(topic)
         if spec is None:
@@ -168,10 +181,16 @@ class KafkaBus:
         return spec
 
     async def _at_desk(self, call: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._desk, call)
-        except KafkaError as error:
-            raise bus_unavailable(f"Kafka: {error}") from error
+        give_up = time.monotonic() + _RETRY_SECONDS
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._desk, call)
+            except KafkaError as error:
+                # Coordinators and leaders come and go: a group's first use, for one, makes its coordinator.
+                if not error.retriable or time.monotonic() > give_up:
+                    raise bus_unavailable(f"Kafka: {error}") from error
+                _LOG.debug("trying again: %s", error)
+            await asyncio.sleep(0.1)
 
     def _connect(self) -> None:
         self._admin = KafkaAdminClient(**self._options)

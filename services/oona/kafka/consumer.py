@@ -10,10 +10,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata
+from kafka import AsyncConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata
 from kafka import TopicPartition as KafkaTopicPartition
 from kafka.errors import KafkaError
 
@@ -46,7 +46,6 @@ class KafkaReader:
 
     Args:
         options: of ``KafkaConsumer``: servers, client id, deadlines.
-        latest: where the group has committed nothing, begin at the end and commit that.
     """
 
     def __init__(
@@ -57,14 +56,12 @@ class KafkaReader:
         starts: Mapping[TopicPartition, int] | None = None,
         group: str | None = None,
         topics: Sequence[str] = (),
-        latest: bool = False,
     ) -> None:
         self._names = names
         self._options = dict(options)
         self._starts = dict(starts or {})
         self._group = group
         self._topics = [names.kafkas(topic) for topic in topics]
-        self._latest = latest
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._wake = asyncio.Event()
@@ -139,6 +136,8 @@ class KafkaReader:
                     consumer.seek(partition, offset)
             else:
                 consumer.subscribe(self._topics, listener=_Rebalance(self, consumer))
+                # Without it a group may be dealt out before the topics' partitions are known: to nobody.
+                consumer.topics()
             self._tell(self._ready.set_result, None)
             while not self._closing.is_set():
                 self._step(consumer)
@@ -183,23 +182,24 @@ class KafkaReader:
                 self._commits = {**{p: o for p, o in commits.items() if p in self._assigned}, **self._commits}
             self._closing.wait(_RETRY_SECONDS)
 
-    def _revoke(self, consumer: Any, revoked: Sequence[KafkaTopicPartition]) -> None:
-        self._store_commits(consumer)
+    # ---- kafka-python's IO thread: nothing here may block ----
+
+    async def _revoke(self, consumer: Any, revoked: Collection[KafkaTopicPartition]) -> None:
         with self._lock:
             self._assigned.difference_update(revoked)
-            self._commits = {p: offset for p, offset in self._commits.items() if p in self._assigned}
+            last = {p: OffsetAndMetadata(offset, "", -1) for p, offset in self._commits.items() if p in revoked}
+            self._commits = {p: offset for p, offset in self._commits.items() if p not in last}
             self._handover.extend(TopicPartition(self._names.ours(p.topic), p.partition) for p in revoked)
         self._tell(self._wake.set)
+        if last:
+            try:
+                await consumer.commit_async(last)
+            except KafkaError as error:
+                _LOG.warning("offsets of group %s were lost with their partitions: %s", self._group, error)
 
-    def _assign(self, consumer: Any, assigned: Sequence[KafkaTopicPartition]) -> None:
+    def _assign(self, assigned: Collection[KafkaTopicPartition]) -> None:
         with self._lock:
             self._assigned.update(assigned)
-        if self._latest:
-            for partition in assigned:
-                if consumer.committed(partition) is None:
-                    end = consumer.end_offsets([partition])[partition]
-                    consumer.seek(partition, end)
-                    consumer.commit({partition: OffsetAndMetadata(end, "", -1)})
 
     def _fail(self, why: str) -> None:
         if not self._ready.done():
@@ -212,15 +212,17 @@ class KafkaReader:
             self._closing.set()
 
 
-class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no stubs
-    """Commits what is handled before a partition goes, within the poll of the owner thread."""
+class _Rebalance(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no stubs
+    """Commits what is handled before a partition goes."""
 
     def __init__(self, reader: KafkaReader, consumer: Any) -> None:
         self._reader = reader
         self._consumer = consumer
 
-    def on_partitions_revoked(self, revoked: Sequence[KafkaTopicPartition]) -> None:
-        self._reader._revoke(self._consumer, revoked)
+    async def on_partitions_revoked(self, revoked: Collection[KafkaTopicPartition]) -> None:
+        """Called before another member gets them."""
+        await self._reader._revoke(self._consumer, revoked)
 
-    def on_partitions_assigned(self, assigned: Sequence[KafkaTopicPartition]) -> None:
-        self._reader._assign(self._consumer, assigned)
+    async def on_partitions_assigned(self, assigned: Collection[KafkaTopicPartition]) -> None:
+        """Called before the first record of the new share."""
+        self._reader._assign(assigned)
