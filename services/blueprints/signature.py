@@ -22,6 +22,7 @@ SIGNATURE_BYTES = 64
 
 # Says what is signed, so that a signature over a kernel can never pass for one over something else.
 _CONTEXT = b"esper.kernel.v1\0"
+_STATUS_CONTEXT = b"esper.kernel-status.v1\0"
 
 
 class SignatureError(ValueError):
@@ -111,10 +112,35 @@ def verify(public_key: Ed25519PublicKey, digest: bytes, signature: bytes) -> Non
     Raises:
         SignatureError: It does not.
     """
+    _verify(public_key, _CONTEXT, digest, b"", signature)
+
+
+def attest_status(private_key: Ed25519PrivateKey, digest: bytes, status: str) -> bytes:
+    """The validator's word on a kernel, 64 bytes: the ``attestation`` of Urza's SetKernelStatus.
+
+    Args:
+        private_key: The key that signs kernels.
+        digest: SHA-256 of the kernel's file, 32 bytes.
+        status: As in the contract without its prefix: ``VALIDATED``, ``REJECTED`` or ``RETIRED``.
+    """
+    return private_key.sign(_STATUS_CONTEXT + digest + status.encode())
+
+
+def verify_status(public_key: Ed25519PublicKey, digest: bytes, status: str, attestation: bytes) -> None:
+    """Return if ``attestation`` is the validator's word that the kernel has this status.
+
+    Raises:
+        SignatureError: It is not.
+    """
+    _verify(public_key, _STATUS_CONTEXT, digest, status.encode(), attestation)
+
+
+def _verify(public_key: Ed25519PublicKey, context: bytes, digest: bytes, more: bytes, signature: bytes) -> None:
+    # Of fixed length, else bytes could move between the digest and what follows it.
     if len(digest) != DIGEST_BYTES:
         raise SignatureError(f"a digest has {DIGEST_BYTES} bytes, this one {len(digest)}")
     try:
-        public_key.verify(signature, _CONTEXT + digest)
+        public_key.verify(signature, context + digest + more)
     except InvalidSignature:
         raise SignatureError("the signature does not vouch for this kernel") from None
 

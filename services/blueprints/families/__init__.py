@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from services.blueprints.artifact import Kernel
 from services.blueprints.families import residual_bottleneck, widen
 from services.blueprints.families.family import Family
 from services.blueprints.spec import Blueprint, Interface, SpecError, check_size
 
-__all__ = ["FAMILIES", "Family", "builtin_blueprints", "check", "check_fit", "family_of"]
+__all__ = ["FAMILIES", "Family", "builtin_blueprints", "check", "check_fit", "check_kernel", "family_of"]
 
 _FAMILIES: tuple[Family, ...] = (widen.FAMILY, residual_bottleneck.FAMILY)
 
@@ -60,6 +61,24 @@ def check_fit(blueprint: Blueprint, interface: Interface, size: int) -> Family:
     refusal = family.applies_to(interface)
     if refusal is not None:
         raise SpecError("interface", refusal)
+    return family
+
+
+def check_kernel(kernel: Kernel) -> Family:
+    """The family of a kernel whose blueprint fits its place and whose tensors are those of the family's layers.
+
+    Raises:
+        SpecError: It is not so.
+    """
+    manifest = kernel.manifest
+    family = check_fit(manifest.blueprint, manifest.interface, manifest.size)
+    layers = family.layers(manifest.parameters, manifest.interface, manifest.size)
+    expected = {name: shape for layer in layers for name, shape in layer.tensor_shapes().items()}
+    found = {name: tensor.shape for name, tensor in kernel.tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wanted, has = expected.get(name, "no such tensor"), found.get(name, "none")
+            raise SpecError(f"tensors.{name[:64]}", f"{family.name} wants {wanted}, the kernel has {has}")
     return family
 
 

@@ -121,15 +121,15 @@ class BlueprintServiceServicer(object):
     """
 
     def CreateBlueprint(self, request, context):
-        """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: INVALID_FIELD
-        (unknown family, parameter out of range), BLUEPRINT_NOT_FOUND (its parent), REQUEST_ID_REUSED.
+        """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: UNKNOWN_FAMILY,
+        BLUEPRINT_INVALID (a parameter is missing or out of range), UNKNOWN_BLUEPRINT (its parent), REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetBlueprint(self, request, context):
-        """One blueprint. Errors: BLUEPRINT_NOT_FOUND.
+        """One blueprint. Errors: UNKNOWN_BLUEPRINT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +143,7 @@ class BlueprintServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ArchiveBlueprint(self, request, context):
-        """Takes a blueprint out of use; archiving it again changes nothing. Errors: BLUEPRINT_NOT_FOUND, ETAG_MISMATCH,
+        """Takes a blueprint out of use; archiving it again changes nothing. Errors: UNKNOWN_BLUEPRINT, ETAG_MISMATCH,
         REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -158,7 +158,7 @@ class BlueprintServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetLineage(self, request, context):
-        """What a blueprint was derived from and what was derived from it. Errors: BLUEPRINT_NOT_FOUND.
+        """What a blueprint was derived from and what was derived from it. Errors: UNKNOWN_BLUEPRINT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,7 +172,7 @@ class BlueprintServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListKernels(self, request, context):
-        """Kernels of a blueprint, oldest first. Errors: BLUEPRINT_NOT_FOUND, INVALID_PAGE_TOKEN.
+        """Kernels of a blueprint, oldest first. Errors: UNKNOWN_BLUEPRINT, INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,9 +186,9 @@ class BlueprintServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResolveKernel(self, request, context):
-        """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors, all
-        NOT_FOUND: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, NO_KERNEL (none was compiled for the place, size and target),
-        NO_VALIDATED_KERNEL (some were, none is valid).
+        """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors:
+        NOT_FOUND with UNKNOWN_BLUEPRINT, NO_KERNEL (none was compiled for the place, size and target) or
+        NO_VALIDATED_KERNEL (some were, none is valid); FAILED_PRECONDITION with BLUEPRINT_ARCHIVED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,9 +197,9 @@ class BlueprintServiceServicer(object):
     def UploadKernel(self, request_iterator, context):
         """Adds a kernel: a header, then the artifact in chunks. Digest, signature and content are checked before it is
         committed, in one step; what has arrived of a broken upload is kept for a day and resumed by offset. A kernel that
-        is there already is returned, chunks or not. Errors: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, OFFSET_MISMATCH
-        (metadata: committed_bytes), UPLOAD_INCOMPLETE (metadata: committed_bytes), UPLOAD_IN_PROGRESS, DIGEST_MISMATCH,
-        SIGNATURE_INVALID, NO_TRUSTED_KEY, MALFORMED_KERNEL, STORAGE_FULL.
+        is there already is returned, chunks or not. Errors: UNKNOWN_BLUEPRINT, BLUEPRINT_ARCHIVED, UPLOAD_OFFSET_MISMATCH
+        (metadata: committed_bytes; also when the chunks end early), UPLOAD_IN_PROGRESS, TOO_MANY_UPLOADS,
+        DIGEST_MISMATCH, SIGNATURE_INVALID, NO_TRUSTED_KEY, ARTIFACT_INVALID, ARTIFACT_TOO_LARGE, STORAGE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -214,7 +214,7 @@ class BlueprintServiceServicer(object):
 
     def DownloadKernel(self, request, context):
         """An artifact: a header, then chunks. The receiver checks digest and signature before it parses. Errors:
-        KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), KERNEL_CORRUPT (what is stored does not have its digest).
+        KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), DIGEST_MISMATCH (what is stored does not have its digest).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,7 +223,7 @@ class BlueprintServiceServicer(object):
     def SetKernelStatus(self, request, context):
         """Validates, rejects or retires a kernel. For the validator only: it proves itself by an attestation signed with the
         key that signs kernels. Setting the status a kernel has changes nothing. Errors: KERNEL_NOT_FOUND,
-        SIGNATURE_INVALID, NO_TRUSTED_KEY, ILLEGAL_KERNEL_STATUS, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        SIGNATURE_INVALID, NO_TRUSTED_KEY, KERNEL_STATUS_CONFLICT, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,49 +37,49 @@ class BlueprintServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BlueprintServiceAsyncStub: ...
     CreateBlueprint: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.CreateBlueprintRequest, _blueprint_service_pb2.CreateBlueprintResponse]
-    """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: INVALID_FIELD
-    (unknown family, parameter out of range), BLUEPRINT_NOT_FOUND (its parent), REQUEST_ID_REUSED.
+    """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: UNKNOWN_FAMILY,
+    BLUEPRINT_INVALID (a parameter is missing or out of range), UNKNOWN_BLUEPRINT (its parent), REQUEST_ID_REUSED.
     """
     GetBlueprint: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetBlueprintRequest, _blueprint_service_pb2.GetBlueprintResponse]
-    """One blueprint. Errors: BLUEPRINT_NOT_FOUND."""
+    """One blueprint. Errors: UNKNOWN_BLUEPRINT."""
     ListBlueprints: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.ListBlueprintsRequest, _blueprint_service_pb2.ListBlueprintsResponse]
     """Blueprints, oldest first. Errors: INVALID_PAGE_TOKEN."""
     ArchiveBlueprint: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.ArchiveBlueprintRequest, _blueprint_service_pb2.ArchiveBlueprintResponse]
-    """Takes a blueprint out of use; archiving it again changes nothing. Errors: BLUEPRINT_NOT_FOUND, ETAG_MISMATCH,
+    """Takes a blueprint out of use; archiving it again changes nothing. Errors: UNKNOWN_BLUEPRINT, ETAG_MISMATCH,
     REQUEST_ID_REUSED.
     """
     WatchBlueprints: _grpc.UnaryStreamMultiCallable[_blueprint_service_pb2.WatchBlueprintsRequest, _blueprint_service_pb2.WatchBlueprintsResponse]
     """Blueprints as they come and change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED (list again)."""
     GetLineage: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetLineageRequest, _blueprint_service_pb2.GetLineageResponse]
-    """What a blueprint was derived from and what was derived from it. Errors: BLUEPRINT_NOT_FOUND."""
+    """What a blueprint was derived from and what was derived from it. Errors: UNKNOWN_BLUEPRINT."""
     GetKernel: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetKernelRequest, _blueprint_service_pb2.GetKernelResponse]
     """One kernel. Errors: KERNEL_NOT_FOUND."""
     ListKernels: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.ListKernelsRequest, _blueprint_service_pb2.ListKernelsResponse]
-    """Kernels of a blueprint, oldest first. Errors: BLUEPRINT_NOT_FOUND, INVALID_PAGE_TOKEN."""
+    """Kernels of a blueprint, oldest first. Errors: UNKNOWN_BLUEPRINT, INVALID_PAGE_TOKEN."""
     QueryKernels: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.QueryKernelsRequest, _blueprint_service_pb2.QueryKernelsResponse]
     """Kernels by tags and limits. A kernel passes a limit only by a measured value. Errors: INVALID_PAGE_TOKEN."""
     ResolveKernel: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.ResolveKernelRequest, _blueprint_service_pb2.ResolveKernelResponse]
-    """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors, all
-    NOT_FOUND: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, NO_KERNEL (none was compiled for the place, size and target),
-    NO_VALIDATED_KERNEL (some were, none is valid).
+    """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors:
+    NOT_FOUND with UNKNOWN_BLUEPRINT, NO_KERNEL (none was compiled for the place, size and target) or
+    NO_VALIDATED_KERNEL (some were, none is valid); FAILED_PRECONDITION with BLUEPRINT_ARCHIVED.
     """
     UploadKernel: _grpc.StreamUnaryMultiCallable[_blueprint_service_pb2.UploadKernelRequest, _blueprint_service_pb2.UploadKernelResponse]
     """Adds a kernel: a header, then the artifact in chunks. Digest, signature and content are checked before it is
     committed, in one step; what has arrived of a broken upload is kept for a day and resumed by offset. A kernel that
-    is there already is returned, chunks or not. Errors: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, OFFSET_MISMATCH
-    (metadata: committed_bytes), UPLOAD_INCOMPLETE (metadata: committed_bytes), UPLOAD_IN_PROGRESS, DIGEST_MISMATCH,
-    SIGNATURE_INVALID, NO_TRUSTED_KEY, MALFORMED_KERNEL, STORAGE_FULL.
+    is there already is returned, chunks or not. Errors: UNKNOWN_BLUEPRINT, BLUEPRINT_ARCHIVED, UPLOAD_OFFSET_MISMATCH
+    (metadata: committed_bytes; also when the chunks end early), UPLOAD_IN_PROGRESS, TOO_MANY_UPLOADS,
+    DIGEST_MISMATCH, SIGNATURE_INVALID, NO_TRUSTED_KEY, ARTIFACT_INVALID, ARTIFACT_TOO_LARGE, STORAGE_FULL.
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetUploadRequest, _blueprint_service_pb2.GetUploadResponse]
     """How far an upload has come: where to resume it."""
     DownloadKernel: _grpc.UnaryStreamMultiCallable[_blueprint_service_pb2.DownloadKernelRequest, _blueprint_service_pb2.DownloadKernelResponse]
     """An artifact: a header, then chunks. The receiver checks digest and signature before it parses. Errors:
-    KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), KERNEL_CORRUPT (what is stored does not have its digest).
+    KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), DIGEST_MISMATCH (what is stored does not have its digest).
     """
     SetKernelStatus: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.SetKernelStatusRequest, _blueprint_service_pb2.SetKernelStatusResponse]
     """Validates, rejects or retires a kernel. For the validator only: it proves itself by an attestation signed with the
     key that signs kernels. Setting the status a kernel has changes nothing. Errors: KERNEL_NOT_FOUND,
-    SIGNATURE_INVALID, NO_TRUSTED_KEY, ILLEGAL_KERNEL_STATUS, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    SIGNATURE_INVALID, NO_TRUSTED_KEY, KERNEL_STATUS_CONFLICT, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     RecordKernelOutcome: _grpc.UnaryUnaryMultiCallable[_blueprint_service_pb2.RecordKernelOutcomeRequest, _blueprint_service_pb2.RecordKernelOutcomeResponse]
     """Notes what a seed made from a kernel turned out to be; told again for the same seed, the last word counts. Errors:
@@ -95,49 +95,49 @@ class BlueprintServiceAsyncStub(BlueprintServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateBlueprint: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.CreateBlueprintRequest, _blueprint_service_pb2.CreateBlueprintResponse]  # type: ignore[assignment]
-    """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: INVALID_FIELD
-    (unknown family, parameter out of range), BLUEPRINT_NOT_FOUND (its parent), REQUEST_ID_REUSED.
+    """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: UNKNOWN_FAMILY,
+    BLUEPRINT_INVALID (a parameter is missing or out of range), UNKNOWN_BLUEPRINT (its parent), REQUEST_ID_REUSED.
     """
     GetBlueprint: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetBlueprintRequest, _blueprint_service_pb2.GetBlueprintResponse]  # type: ignore[assignment]
-    """One blueprint. Errors: BLUEPRINT_NOT_FOUND."""
+    """One blueprint. Errors: UNKNOWN_BLUEPRINT."""
     ListBlueprints: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.ListBlueprintsRequest, _blueprint_service_pb2.ListBlueprintsResponse]  # type: ignore[assignment]
     """Blueprints, oldest first. Errors: INVALID_PAGE_TOKEN."""
     ArchiveBlueprint: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.ArchiveBlueprintRequest, _blueprint_service_pb2.ArchiveBlueprintResponse]  # type: ignore[assignment]
-    """Takes a blueprint out of use; archiving it again changes nothing. Errors: BLUEPRINT_NOT_FOUND, ETAG_MISMATCH,
+    """Takes a blueprint out of use; archiving it again changes nothing. Errors: UNKNOWN_BLUEPRINT, ETAG_MISMATCH,
     REQUEST_ID_REUSED.
     """
     WatchBlueprints: _aio.UnaryStreamMultiCallable[_blueprint_service_pb2.WatchBlueprintsRequest, _blueprint_service_pb2.WatchBlueprintsResponse]  # type: ignore[assignment]
     """Blueprints as they come and change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED (list again)."""
     GetLineage: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetLineageRequest, _blueprint_service_pb2.GetLineageResponse]  # type: ignore[assignment]
-    """What a blueprint was derived from and what was derived from it. Errors: BLUEPRINT_NOT_FOUND."""
+    """What a blueprint was derived from and what was derived from it. Errors: UNKNOWN_BLUEPRINT."""
     GetKernel: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetKernelRequest, _blueprint_service_pb2.GetKernelResponse]  # type: ignore[assignment]
     """One kernel. Errors: KERNEL_NOT_FOUND."""
     ListKernels: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.ListKernelsRequest, _blueprint_service_pb2.ListKernelsResponse]  # type: ignore[assignment]
-    """Kernels of a blueprint, oldest first. Errors: BLUEPRINT_NOT_FOUND, INVALID_PAGE_TOKEN."""
+    """Kernels of a blueprint, oldest first. Errors: UNKNOWN_BLUEPRINT, INVALID_PAGE_TOKEN."""
     QueryKernels: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.QueryKernelsRequest, _blueprint_service_pb2.QueryKernelsResponse]  # type: ignore[assignment]
     """Kernels by tags and limits. A kernel passes a limit only by a measured value. Errors: INVALID_PAGE_TOKEN."""
     ResolveKernel: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.ResolveKernelRequest, _blueprint_service_pb2.ResolveKernelResponse]  # type: ignore[assignment]
-    """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors, all
-    NOT_FOUND: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, NO_KERNEL (none was compiled for the place, size and target),
-    NO_VALIDATED_KERNEL (some were, none is valid).
+    """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors:
+    NOT_FOUND with UNKNOWN_BLUEPRINT, NO_KERNEL (none was compiled for the place, size and target) or
+    NO_VALIDATED_KERNEL (some were, none is valid); FAILED_PRECONDITION with BLUEPRINT_ARCHIVED.
     """
     UploadKernel: _aio.StreamUnaryMultiCallable[_blueprint_service_pb2.UploadKernelRequest, _blueprint_service_pb2.UploadKernelResponse]  # type: ignore[assignment]
     """Adds a kernel: a header, then the artifact in chunks. Digest, signature and content are checked before it is
     committed, in one step; what has arrived of a broken upload is kept for a day and resumed by offset. A kernel that
-    is there already is returned, chunks or not. Errors: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, OFFSET_MISMATCH
-    (metadata: committed_bytes), UPLOAD_INCOMPLETE (metadata: committed_bytes), UPLOAD_IN_PROGRESS, DIGEST_MISMATCH,
-    SIGNATURE_INVALID, NO_TRUSTED_KEY, MALFORMED_KERNEL, STORAGE_FULL.
+    is there already is returned, chunks or not. Errors: UNKNOWN_BLUEPRINT, BLUEPRINT_ARCHIVED, UPLOAD_OFFSET_MISMATCH
+    (metadata: committed_bytes; also when the chunks end early), UPLOAD_IN_PROGRESS, TOO_MANY_UPLOADS,
+    DIGEST_MISMATCH, SIGNATURE_INVALID, NO_TRUSTED_KEY, ARTIFACT_INVALID, ARTIFACT_TOO_LARGE, STORAGE_FULL.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.GetUploadRequest, _blueprint_service_pb2.GetUploadResponse]  # type: ignore[assignment]
     """How far an upload has come: where to resume it."""
     DownloadKernel: _aio.UnaryStreamMultiCallable[_blueprint_service_pb2.DownloadKernelRequest, _blueprint_service_pb2.DownloadKernelResponse]  # type: ignore[assignment]
     """An artifact: a header, then chunks. The receiver checks digest and signature before it parses. Errors:
-    KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), KERNEL_CORRUPT (what is stored does not have its digest).
+    KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), DIGEST_MISMATCH (what is stored does not have its digest).
     """
     SetKernelStatus: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.SetKernelStatusRequest, _blueprint_service_pb2.SetKernelStatusResponse]  # type: ignore[assignment]
     """Validates, rejects or retires a kernel. For the validator only: it proves itself by an attestation signed with the
     key that signs kernels. Setting the status a kernel has changes nothing. Errors: KERNEL_NOT_FOUND,
-    SIGNATURE_INVALID, NO_TRUSTED_KEY, ILLEGAL_KERNEL_STATUS, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    SIGNATURE_INVALID, NO_TRUSTED_KEY, KERNEL_STATUS_CONFLICT, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     RecordKernelOutcome: _aio.UnaryUnaryMultiCallable[_blueprint_service_pb2.RecordKernelOutcomeRequest, _blueprint_service_pb2.RecordKernelOutcomeResponse]  # type: ignore[assignment]
     """Notes what a seed made from a kernel turned out to be; told again for the same seed, the last word counts. Errors:
@@ -156,8 +156,8 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blueprint_service_pb2.CreateBlueprintRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blueprint_service_pb2.CreateBlueprintResponse, _abc.Awaitable[_blueprint_service_pb2.CreateBlueprintResponse]]:
-        """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: INVALID_FIELD
-        (unknown family, parameter out of range), BLUEPRINT_NOT_FOUND (its parent), REQUEST_ID_REUSED.
+        """Adds a blueprint. Content decides identity: one that is there already is returned as it is. Errors: UNKNOWN_FAMILY,
+        BLUEPRINT_INVALID (a parameter is missing or out of range), UNKNOWN_BLUEPRINT (its parent), REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -166,7 +166,7 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blueprint_service_pb2.GetBlueprintRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blueprint_service_pb2.GetBlueprintResponse, _abc.Awaitable[_blueprint_service_pb2.GetBlueprintResponse]]:
-        """One blueprint. Errors: BLUEPRINT_NOT_FOUND."""
+        """One blueprint. Errors: UNKNOWN_BLUEPRINT."""
 
     @_abc_1.abstractmethod
     def ListBlueprints(
@@ -182,7 +182,7 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blueprint_service_pb2.ArchiveBlueprintRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blueprint_service_pb2.ArchiveBlueprintResponse, _abc.Awaitable[_blueprint_service_pb2.ArchiveBlueprintResponse]]:
-        """Takes a blueprint out of use; archiving it again changes nothing. Errors: BLUEPRINT_NOT_FOUND, ETAG_MISMATCH,
+        """Takes a blueprint out of use; archiving it again changes nothing. Errors: UNKNOWN_BLUEPRINT, ETAG_MISMATCH,
         REQUEST_ID_REUSED.
         """
 
@@ -200,7 +200,7 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blueprint_service_pb2.GetLineageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blueprint_service_pb2.GetLineageResponse, _abc.Awaitable[_blueprint_service_pb2.GetLineageResponse]]:
-        """What a blueprint was derived from and what was derived from it. Errors: BLUEPRINT_NOT_FOUND."""
+        """What a blueprint was derived from and what was derived from it. Errors: UNKNOWN_BLUEPRINT."""
 
     @_abc_1.abstractmethod
     def GetKernel(
@@ -216,7 +216,7 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blueprint_service_pb2.ListKernelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blueprint_service_pb2.ListKernelsResponse, _abc.Awaitable[_blueprint_service_pb2.ListKernelsResponse]]:
-        """Kernels of a blueprint, oldest first. Errors: BLUEPRINT_NOT_FOUND, INVALID_PAGE_TOKEN."""
+        """Kernels of a blueprint, oldest first. Errors: UNKNOWN_BLUEPRINT, INVALID_PAGE_TOKEN."""
 
     @_abc_1.abstractmethod
     def QueryKernels(
@@ -232,9 +232,9 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blueprint_service_pb2.ResolveKernelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blueprint_service_pb2.ResolveKernelResponse, _abc.Awaitable[_blueprint_service_pb2.ResolveKernelResponse]]:
-        """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors, all
-        NOT_FOUND: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, NO_KERNEL (none was compiled for the place, size and target),
-        NO_VALIDATED_KERNEL (some were, none is valid).
+        """The best validated kernel for a place: the fastest where latency was measured, else the newest. Errors:
+        NOT_FOUND with UNKNOWN_BLUEPRINT, NO_KERNEL (none was compiled for the place, size and target) or
+        NO_VALIDATED_KERNEL (some were, none is valid); FAILED_PRECONDITION with BLUEPRINT_ARCHIVED.
         """
 
     @_abc_1.abstractmethod
@@ -245,9 +245,9 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_blueprint_service_pb2.UploadKernelResponse, _abc.Awaitable[_blueprint_service_pb2.UploadKernelResponse]]:
         """Adds a kernel: a header, then the artifact in chunks. Digest, signature and content are checked before it is
         committed, in one step; what has arrived of a broken upload is kept for a day and resumed by offset. A kernel that
-        is there already is returned, chunks or not. Errors: BLUEPRINT_NOT_FOUND, BLUEPRINT_ARCHIVED, OFFSET_MISMATCH
-        (metadata: committed_bytes), UPLOAD_INCOMPLETE (metadata: committed_bytes), UPLOAD_IN_PROGRESS, DIGEST_MISMATCH,
-        SIGNATURE_INVALID, NO_TRUSTED_KEY, MALFORMED_KERNEL, STORAGE_FULL.
+        is there already is returned, chunks or not. Errors: UNKNOWN_BLUEPRINT, BLUEPRINT_ARCHIVED, UPLOAD_OFFSET_MISMATCH
+        (metadata: committed_bytes; also when the chunks end early), UPLOAD_IN_PROGRESS, TOO_MANY_UPLOADS,
+        DIGEST_MISMATCH, SIGNATURE_INVALID, NO_TRUSTED_KEY, ARTIFACT_INVALID, ARTIFACT_TOO_LARGE, STORAGE_FULL.
         """
 
     @_abc_1.abstractmethod
@@ -265,7 +265,7 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_blueprint_service_pb2.DownloadKernelResponse], _abc.AsyncIterator[_blueprint_service_pb2.DownloadKernelResponse]]:
         """An artifact: a header, then chunks. The receiver checks digest and signature before it parses. Errors:
-        KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), KERNEL_CORRUPT (what is stored does not have its digest).
+        KERNEL_NOT_FOUND, INVALID_FIELD (offset beyond the end), DIGEST_MISMATCH (what is stored does not have its digest).
         """
 
     @_abc_1.abstractmethod
@@ -276,7 +276,7 @@ class BlueprintServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_blueprint_service_pb2.SetKernelStatusResponse, _abc.Awaitable[_blueprint_service_pb2.SetKernelStatusResponse]]:
         """Validates, rejects or retires a kernel. For the validator only: it proves itself by an attestation signed with the
         key that signs kernels. Setting the status a kernel has changes nothing. Errors: KERNEL_NOT_FOUND,
-        SIGNATURE_INVALID, NO_TRUSTED_KEY, ILLEGAL_KERNEL_STATUS, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        SIGNATURE_INVALID, NO_TRUSTED_KEY, KERNEL_STATUS_CONFLICT, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
