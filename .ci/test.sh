@@ -12,6 +12,8 @@ export OMP_NUM_THREADS=1
 # Absolute: processes of the tests run in folders of their own, and leave their part of the coverage here all the same.
 export COVERAGE_FILE=$PWD/.tools/coverage/data
 mkdir -p .tools/coverage
+# Every process of this run carries this mark, so that one which outlives the tests is found (leftovers.py).
+ESPER_TEST_RUN=$$-$(date +%s%N)
 tier=${1:-all}
 shift || true
 
@@ -30,7 +32,9 @@ part() {
 }
 
 # Well within CI's own limit, so that a hang is reported by us, with the stacks of all threads.
-limited() { timeout --signal=INT --kill-after=120 75m "$@"; }
+limited() { ESPER_TEST_RUN=$ESPER_TEST_RUN timeout --signal=INT --kill-after=120 40m "$@"; }
+
+covered() { limited "$python" -m coverage run -m pytest --durations=15 "$@"; }
 
 coverage_report() {
     # Parts left by processes that ended in order; one that was killed leaves none.
@@ -44,13 +48,22 @@ case "$tier" in
     all)
         "$python" -m coverage erase
         part "lint" .ci/lint.sh
-        part "tests" limited "$python" -m coverage run -m pytest --durations=25 "$@"
+        if [ $# -gt 0 ]; then
+            part "tests" covered "$@"
+        else
+            # What tests one part at a time shares the two cores; what runs whole systems has them to itself.
+            part "unit and contract tests" covered -m "not full" --numprocesses 2 --dist loadfile
+            part "tests of whole systems" covered -m full
+        fi
+        part "no process left behind" "$python" .ci/leftovers.py "$ESPER_TEST_RUN"
         part "coverage" coverage_report
         ;;
     fast)
         part "ruff" "$python" -m ruff check --quiet .
         part "generated code" .ci/generate.sh --check
-        part "tests" limited "$python" -m pytest -m "not slow and not full and not kafka and not postgres" "$@"
+        part "tests" limited "$python" -m pytest --numprocesses 2 --dist loadfile \
+            -m "not slow and not full and not kafka and not postgres" "$@"
+        part "no process left behind" "$python" .ci/leftovers.py "$ESPER_TEST_RUN"
         ;;
     *) echo "usage: test.sh all|fast [PYTEST ARGUMENT...]" >&2; exit 2 ;;
 esac

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -161,3 +162,16 @@ def test_missing_programs_fail_ci_and_are_one_line_each(tmp_path: Path) -> None:
         assert done.returncode == code
         for program in ("Java 17", "Maven", "Go 1.23", "Node 20"):
             assert len([line for line in lines if line.startswith(f"setup: {program} is missing:")]) == 1, lines
+
+
+def test_a_process_left_behind_is_named_and_ended() -> None:
+    run_id = f"test-{os.getpid()}"
+    leftovers = str(ROOT / ".ci/leftovers.py")
+    assert run(sys.executable, leftovers, run_id, "0").returncode == 0
+    marked = {**os.environ, "ESPER_TEST_RUN": run_id}
+    with subprocess.Popen([sys.executable, "-c", "input()"], env=marked, stdin=subprocess.PIPE) as orphan:
+        done = run(sys.executable, leftovers, run_id, "0", env=marked)
+        assert done.returncode == 1
+        assert f"process {orphan.pid} outlived the tests" in done.stdout
+        assert orphan.wait(timeout=30) == -signal.SIGKILL
+    assert run(sys.executable, leftovers).returncode == 2
