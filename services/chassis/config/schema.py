@@ -7,10 +7,11 @@ is the annotated template of the same tree and a test keeps the two equal. Unkno
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -24,7 +25,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+_S = TypeVar("_S", bound="Section")
+
+
+def _needs_factory(section: _S) -> _S:
+    """A section with ``name: factory`` names the factory, and only that one."""
+    values = dict(section)
+    named, factory = values["name"] == "factory", values["factory"]
+    if named and factory is None:
+        raise ValueError("name: factory needs the key factory, package.module:callable")
+    if factory is not None and not named:
+        raise ValueError("the key factory is set, but name is not factory")
+    return section
+
+
 class RunConfig(Section):
+    """The run: its name, its seed, its folders."""
+
     name: str | None = Field(default=None, description="Name of the run; null: <config file>-<time>-<random>.")
     seed: int = Field(
         default=0, ge=0, description="Root of all generators: initialisation, data order, augmentation, controller."
@@ -36,13 +53,16 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
+    """What is learned from."""
+
     name: Literal["digits", "cifar10", "cifar100", "factory"] = Field(default="digits", description="Which data set.")
     data_dir: Path | None = Field(
         default=None, description="Folder of the official CIFAR files, or passed to the factory."
     )
     factory: FactoryPath | None = Field(
         default=None,
-        description="package.module:callable(data_dir) -> (train_images, train_labels, test_images, test_labels), for name: factory.",
+        description="package.module:callable(data_dir) -> (train_images, train_labels, test_images, test_labels), "
+        "for name: factory.",
     )
     validation_ratio: float = Field(
         default=0.1, gt=0, lt=0.5, description="Share of the training set held out for decisions."
@@ -53,8 +73,14 @@ class DataConfig(Section):
     translate: int = Field(default=0, ge=0, description="Random translation of training images, pixels.")
     limit: int | None = Field(default=None, ge=1, description="Use only the first N training images; null: all.")
 
+    @model_validator(mode="after")
+    def _factory_is_named(self) -> Self:
+        return _needs_factory(self)
+
 
 class ModelConfig(Section):
+    """The host network."""
+
     name: Literal["cnn", "mlp", "factory"] = Field(default="cnn", description="Which host network.")
     factory: FactoryPath | None = Field(
         default=None, description="package.module:callable(input_shape, classes) -> torch.nn.Module, for name: factory."
@@ -66,11 +92,17 @@ class ModelConfig(Section):
     )
     weights: Path | None = Field(
         default=None,
-        description="Start from this trained checkpoint of the host (.safetensors, or a state dict read with weights_only).",
+        description="Start from this trained checkpoint of the host: .safetensors, or a state dict (weights_only).",
     )
+
+    @model_validator(mode="after")
+    def _factory_is_named(self) -> Self:
+        return _needs_factory(self)
 
 
 class OptimizerConfig(Section):
+    """How weights are updated; the schedule is warm-up, then linear decay."""
+
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(default=0.1, gt=0, description="Peak rate.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Nesterov momentum (sgd).")
@@ -88,6 +120,8 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
+    """The training loop."""
+
     epochs: int = Field(default=30, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -108,8 +142,16 @@ class BudgetConfig(Section):
     flops: float | None = Field(default=None, gt=1.0, description="Final forward FLOPs, as a multiple of the host's.")
     parameters: float | None = Field(default=None, gt=1.0, description="Final parameters, as a multiple of the host's.")
 
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.flops is None) == (self.parameters is None):
+            raise ValueError("set exactly one of flops and parameters")
+        return self
+
 
 class EvaluationConfig(Section):
+    """How the worth of a seed is judged."""
+
     threshold: float = Field(
         default=0.0, description="Contribution (points of validation accuracy) at or above which a seed stays."
     )
@@ -119,6 +161,8 @@ class EvaluationConfig(Section):
 
 
 class GrowthConfig(Section):
+    """Whether, when and how far the network grows."""
+
     enabled: bool = True
     policy: str = Field(
         default="utilization", description="Policy that Tamiyo runs for this run: a name, or policies/<p>@<version>."
@@ -148,7 +192,7 @@ class GrowthConfig(Section):
     )
     wait_for_kernel: bool = Field(
         default=False,
-        description="Benchmarks only: hold the step until the kernel is there, so that compile time cannot change the result.",
+        description="Benchmarks only: hold the step until the kernel is there; compile time cannot change the result.",
     )
     kernel_timeout_epochs: int = Field(
         default=5, ge=1, description="A germinated seed without a kernel is cancelled after this many epochs."
@@ -161,8 +205,17 @@ class GrowthConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     kernel_cache_bytes: int = Field(default=64 * 2**20, ge=0, description="Bound of Kasmina's kernel cache, bytes.")
 
+    @model_validator(mode="after")
+    def _window_is_ordered(self) -> Self:
+        start, end = self.window
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"window: {start:g} to {end:g} is no part of the schedule; give 0 <= start < end <= 1")
+        return self
+
 
 class GovernorConfig(Section):
+    """What counts as unstable, and what is done about it."""
+
     enabled: bool = True
     window_steps: int = Field(default=50, ge=10, description="Steps of the running loss statistics.")
     spike_sigmas: float = Field(
@@ -178,6 +231,8 @@ class GovernorConfig(Section):
 
 
 class TlsConfig(Section):
+    """Certificates of servers and clients (PEM files)."""
+
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = Field(
@@ -185,18 +240,32 @@ class TlsConfig(Section):
     )
     require_client_certificate: bool = False
 
+    @model_validator(mode="after")
+    def _files_belong_together(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together: set both or none")
+        if self.require_client_certificate and self.ca is None:
+            raise ValueError("require_client_certificate needs ca, the trust root of clients")
+        return self
+
 
 class ServiceConfig(Section):
+    """What all services have in common."""
+
     address: str | None = Field(default=None, description="host:port of a running service; null: train.py starts one.")
     port: Port = Field(default=0, description="Port to listen on; 0: any free one.")
 
 
 class UrzaConfig(ServiceConfig):
+    """Blueprint and kernel library."""
+
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; null: SQLite in the state folder.")
     artifacts_dir: Path | None = Field(default=None, description="Folder of the artifacts; null: in the state folder.")
 
 
 class TezzeretConfig(ServiceConfig):
+    """Compiler."""
+
     workers: int = Field(default=1, ge=1, description="Worker processes.")
     queue_limit: int = Field(default=64, ge=1, description="Jobs waiting; one more is refused.")
     job_timeout_seconds: PositiveSeconds = 60.0
@@ -206,17 +275,23 @@ class TezzeretConfig(ServiceConfig):
 
 
 class TamiyoConfig(ServiceConfig):
+    """Policy."""
+
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; null: SQLite in the state folder.")
     decision_log_limit: int = Field(default=10_000, ge=100, description="Decisions kept.")
 
 
 class KafkaConfig(Section):
+    """The Kafka cluster behind Oona."""
+
     bootstrap_servers: list[str] = Field(default_factory=lambda: ["127.0.0.1:9092"])
     topic_prefix: str = Field(default="", description="Put before every topic name, to share a broker.")
     replication_factor: int = Field(default=1, ge=1)
 
 
 class OonaConfig(ServiceConfig):
+    """Event bus."""
+
     backend: Literal["embedded", "kafka"] = "embedded"
     kafka: KafkaConfig = KafkaConfig()
     partitions: int = Field(default=4, ge=1)
@@ -225,14 +300,20 @@ class OonaConfig(ServiceConfig):
 
 
 class KasminaConfig(ServiceConfig):
+    """Gateway to the execution layer."""
+
     command_queue_limit: int = Field(default=256, ge=1)
 
 
 class TolariaConfig(ServiceConfig):
+    """Gateway to the training process."""
+
     command_queue_limit: int = Field(default=256, ge=1)
 
 
 class ServicesConfig(Section):
+    """The mesh."""
+
     host: str = Field(
         default="127.0.0.1",
         description="Interface the started services listen on; other than loopback needs tls or insecure.",
@@ -257,8 +338,26 @@ class ServicesConfig(Section):
     kasmina: KasminaConfig = KasminaConfig()
     tolaria: TolariaConfig = TolariaConfig()
 
+    @model_validator(mode="after")
+    def _safe_listener(self) -> Self:
+        if not is_loopback(self.host) and self.tls.certificate is None and not self.insecure:
+            raise ValueError(f"host: {self.host} is not loopback; configure tls, or set insecure: true to accept that")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
 
 class TelemetryConfig(Section):
+    """Traces, logs and events."""
+
     traces: Literal["file", "otlp", "off"] = Field(
         default="file", description="file: OTLP JSON lines in the run folder."
     )
@@ -272,6 +371,12 @@ class TelemetryConfig(Section):
         ge=16,
         description="Events waiting in the training process for Oona; more are dropped and counted.",
     )
+
+    @model_validator(mode="after")
+    def _otlp_has_an_endpoint(self) -> Self:
+        if self.traces == "otlp" and self.otlp_endpoint is None:
+            raise ValueError("traces: otlp needs otlp_endpoint, host:port of the collector")
+        return self
 
 
 class EsperConfig(Section):
