@@ -43,7 +43,7 @@ proto: ## generate services/contracts from proto/
 
 clients: ## generate the clients in clients/ from proto/ (buf, with local plugins)
 	@.ci/setup.sh tests
-	@PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(CURDIR)/clients/typescript/node_modules/.bin:$$PATH" buf generate
+	@.ci/clients.sh
 
 baseline: ## accept the contracts as they are: later breaking changes fail make lint
 	@.ci/setup.sh python

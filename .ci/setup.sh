@@ -14,7 +14,7 @@ PROTOC_GEN_GO_GRPC=v1.5.1
 say() { echo "setup: $*"; }
 fail() { say "$*" >&2; exit 1; }
 
-missing=()
+missing=() apt_updated=''
 
 # stamped FILE TEXT: whether FILE holds TEXT, so that its step is done.
 stamped() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
@@ -56,9 +56,9 @@ install_packages() {
         as=(sudo -n)
     fi
     say "installing $* with apt-get"
-    if [ ! -e .tools/apt-updated ]; then
+    if [ -z "$apt_updated" ]; then
         "${as[@]}" apt-get -qq update >/dev/null 2>&1 || return 1
-        touch .tools/apt-updated
+        apt_updated=yes
     fi
     "${as[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" >/dev/null 2>&1
 }
@@ -66,7 +66,8 @@ install_packages() {
 go_version() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
 node_version() { node --version 2>/dev/null | sed 's/^v//'; }
 
-have_java() { command -v java >/dev/null && command -v javac >/dev/null; }
+java_version() { javac -version 2>&1 | sed 's/^javac //'; }
+have_java() { command -v java >/dev/null && command -v javac >/dev/null && at_least "$(java_version)" 17; }
 have_maven() { command -v mvn >/dev/null; }
 have_postgresql() { deploy/postgres/start.sh --find >/dev/null; }
 have_go() { command -v go >/dev/null && at_least "$(go_version)" 1.23; }
@@ -113,12 +114,25 @@ node_modules() {
     printf '%s' "$wanted" >.tools/node-stamp
 }
 
-test_programs() {
-    program "Java 17" have_java "the tests on a Kafka broker and of the Java client cannot run" openjdk-17-jdk-headless
+# programs: looks for all of them, and remembers where they were: asking each for its version takes most of a second.
+programs() {
+    local stamp=.tools/programs-stamp wanted
+    # command -v is silent about what is not there, and then not the same as when everything was.
+    wanted="$(digest .ci/setup.sh) $(command -v java javac mvn go node npm | tr '\n' ' ')"
+    if stamped "$stamp" "$wanted"; then return; fi
+    program "Java 17" have_java "the tests on a Kafka broker and of the Java client cannot run" default-jdk-headless
     program "Maven" have_maven "the tests on a Kafka broker and of the Java client cannot run" maven
     program "PostgreSQL" have_postgresql "the tests on PostgreSQL cannot run" postgresql
     program "Go 1.23" have_go "the tests with grpcurl and of the Go client cannot run" golang-go
     program "Node 20" have_node "the tests of the TypeScript client cannot run" nodejs npm
+    if [ "${#missing[@]}" -eq 0 ]; then
+        wanted="$(digest .ci/setup.sh) $(command -v java javac mvn go node npm | tr '\n' ' ')"
+        printf '%s' "$wanted" >"$stamp"
+    fi
+}
+
+test_programs() {
+    programs
     kafka_jars
     go_tools
     node_modules

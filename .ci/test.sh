@@ -31,7 +31,7 @@ part() {
     fi
 }
 
-# Well within CI's own limit, so that a hang is reported by us, with the stacks of all threads.
+# Well within CI's own limit, so that a hang is reported by us.
 limited() { ESPER_TEST_RUN=$ESPER_TEST_RUN timeout --signal=INT --kill-after=120 40m "$@"; }
 
 covered() { limited "$python" -m coverage run -m pytest --durations=15 "$@"; }
@@ -48,6 +48,7 @@ case "$tier" in
     all)
         "$python" -m coverage erase
         part "lint" .ci/lint.sh
+        part "generated clients" .ci/clients.sh --check
         if [ $# -gt 0 ]; then
             part "tests" covered "$@"
         else
