@@ -338,6 +338,24 @@ class Reason(enum.StrEnum):
         "the upload goes on at another offset",
         "resume at the offset given",
     )
+    UPLOAD_IN_PROGRESS = (
+        "UPLOAD_IN_PROGRESS",
+        _Code.ABORTED,
+        "somebody else uploads the same artifact now",
+        "retry after the delay given",
+    )
+    TOO_MANY_UPLOADS = (
+        "TOO_MANY_UPLOADS",
+        _Code.RESOURCE_EXHAUSTED,
+        "as many unfinished uploads are kept as may be",
+        "finish one, or wait a day for the oldest to expire",
+    )
+    NO_TRUSTED_KEY = (
+        "NO_TRUSTED_KEY",
+        _Code.FAILED_PRECONDITION,
+        "no public key to verify signatures with",
+        "put tezzeret.pub into the folder of the keys",
+    )
     COMPILE_JOB_NOT_FOUND = (
         "COMPILE_JOB_NOT_FOUND",
         _Code.NOT_FOUND,
