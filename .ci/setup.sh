@@ -114,20 +114,20 @@ node_modules() {
     printf '%s' "$wanted" >.tools/node-stamp
 }
 
+# whereabouts: of the programs on PATH; of one that is missing nothing, so that the text is another.
+whereabouts() { printf '%s %s' "$(digest .ci/setup.sh)" "$(command -v java javac mvn go node npm || true)"; }
+
 # programs: looks for all of them, and remembers where they were: asking each for its version takes most of a second.
 programs() {
-    local stamp=.tools/programs-stamp wanted
-    # command -v is silent about what is not there, and then not the same as when everything was.
-    wanted="$(digest .ci/setup.sh) $(command -v java javac mvn go node npm | tr '\n' ' ')"
-    if stamped "$stamp" "$wanted"; then return; fi
+    local stamp=.tools/programs-stamp
+    if stamped "$stamp" "$(whereabouts)"; then return; fi
     program "Java 17" have_java "the tests on a Kafka broker and of the Java client cannot run" default-jdk-headless
     program "Maven" have_maven "the tests on a Kafka broker and of the Java client cannot run" maven
     program "PostgreSQL" have_postgresql "the tests on PostgreSQL cannot run" postgresql
     program "Go 1.23" have_go "the tests with grpcurl and of the Go client cannot run" golang-go
     program "Node 20" have_node "the tests of the TypeScript client cannot run" nodejs npm
     if [ "${#missing[@]}" -eq 0 ]; then
-        wanted="$(digest .ci/setup.sh) $(command -v java javac mvn go node npm | tr '\n' ' ')"
-        printf '%s' "$wanted" >"$stamp"
+        whereabouts >"$stamp"
     fi
 }
 
