@@ -1,0 +1,46 @@
+"""What a run has spent. FLOPs are counted by formula, never by running something; multiply-add is 2."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+#: Forward and backward of one sample cost three forward passes (two of them are the backward).
+TRAINING_FACTOR = 3
+
+
+@dataclass
+class Account:
+    """What one arm has spent so far; a resumed run goes on from its checkpoint.
+
+    ``training_flops`` are those of all optimizer steps, seeds included; ``growth_flops`` those of scoring,
+    counterfactuals and extra validation; ``validation_flops`` what a run without growth spends on validation as well.
+    CPU times are of the training thread, seconds; ``growth_cpu_seconds`` is part of ``cpu_seconds``.
+    """
+
+    training_flops: float = 0.0
+    growth_flops: float = 0.0
+    validation_flops: float = 0.0
+    cpu_seconds: float = 0.0
+    growth_cpu_seconds: float = 0.0
+
+    def bill_steps(self, forward_flops: int, samples: int) -> None:
+        """One optimizer step on ``samples`` at ``forward_flops`` each."""
+        self.training_flops += float(TRAINING_FACTOR * forward_flops * samples)
+
+    def state(self) -> dict[str, float]:
+        """As JSON, for the checkpoint."""
+        return asdict(self)
+
+
+class CpuClock:
+    """CPU seconds of this thread since the last look."""
+
+    def __init__(self) -> None:
+        self._last = time.thread_time()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.thread_time()
+        spent, self._last = now - self._last, now
+        return spent

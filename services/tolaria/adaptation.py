@@ -1,0 +1,386 @@
+"""Carries adaptations from a decision to their outcome, always at safe points, always through the journal.
+
+A plan becomes seeds (GERMINATED) at once; their kernels are resolved or compiled meanwhile; when all of a plan's are
+there, they are grafted together at the next safe point. Whatever came from outside is journaled before it is applied,
+and applying is a function of the journal's entry alone: a replay is the same call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Protocol
+
+from services.blueprints.spec import Blueprint
+from services.chassis.config.schema import GrowthConfig
+from services.chassis.telemetry import ROOT, Telemetry, context_from, current_traceparent, link_to
+from services.kasmina.engine import GrowthEngine, Replacement, SeedTransition
+from services.kasmina.lifecycle import ALIVE, SeedState
+from services.kasmina.model import Contribution, HealthReport, SeedRecord
+from services.tolaria.errors import JournalError
+from services.tolaria.journal import Clock, Entry, Journal
+from services.tolaria.kernel_shelf import KernelShelf
+from services.tolaria.observation import Situation, observe
+from services.tolaria.ports import (
+    Command,
+    CommandKind,
+    CommandResult,
+    Decision,
+    KernelRequest,
+    KernelTarget,
+    KernelUnavailableError,
+    Mesh,
+    NoDecision,
+    PlannedChange,
+)
+from services.tolaria.seeds import derive
+
+#: Longest wait for one kernel under growth.wait_for_kernel, seconds.
+_KERNEL_WAIT_SECONDS: Final = 120.0
+
+
+class Witness(Protocol):
+    """Hears what happens to the seeds: ``services.tolaria.reporting``."""
+
+    def decided(self, decision: Decision | NoDecision, clock: Clock, epoch: int) -> None:
+        """Tamiyo answered, or did not."""
+        ...
+
+    def transitioned(self, transitions: Sequence[SeedTransition], engine: GrowthEngine, epoch: int) -> None:
+        """Seeds changed their states."""
+        ...
+
+    def ended(self, record: SeedRecord, decision: str) -> None:
+        """A seed's life is over: FOSSILIZED, CULLED, CANCELLED or ROLLED_BACK."""
+        ...
+
+    def answered(self, result: CommandResult) -> None:
+        """A caller's command was applied or refused."""
+        ...
+
+
+@dataclass
+class _Story:
+    """What the coordinator must remember beyond the engine's records; part of every checkpoint."""
+
+    next_seed: int = 1
+    #: Decision or command that each seed came from: seeds of one origin are grafted together.
+    origins: dict[str, str] = field(default_factory=dict)
+    #: Seeds that came from a decision of Tamiyo's, and its id.
+    decisions: dict[str, str] = field(default_factory=dict)
+    #: Blueprints that seeds were made of or decisions offered, as JSON by id.
+    blueprints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: W3C traceparent of each origin: the spans of an adaptation are one trace, however long it takes.
+    traces: dict[str, str] = field(default_factory=dict)
+    #: Ends reported already.
+    ended: list[str] = field(default_factory=list)
+
+
+class AdaptationCoordinator:
+    """The adaptations of one run. All methods belong to the training thread.
+
+    ``bind`` comes first, and again whenever a restored state made a new engine.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        config: GrowthConfig,
+        seed: int,
+        mesh: Mesh,
+        journal: Journal,
+        shelf: KernelShelf | None,
+        telemetry: Telemetry,
+        witness: Witness,
+        on_change: Callable[[Iterable[Replacement]], None],
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._seed = seed
+        self._mesh = mesh
+        self._journal = journal
+        self._shelf = shelf
+        self._telemetry = telemetry
+        self._witness = witness
+        #: Told after every change of the network: the trainer syncs its optimizer.
+        self._on_change = on_change
+        self._engine: GrowthEngine | None = None
+        self._story = _Story()
+        self._requests: dict[str, KernelRequest] = {}
+
+    @property
+    def engine(self) -> GrowthEngine:
+        """The engine of the network as of now."""
+        assert self._engine is not None, "bind() must come before anything else"
+        return self._engine
+
+    def bind(self, engine: GrowthEngine, story: Mapping[str, Any] | None = None) -> None:
+        """Work on ``engine`` from now on; ``story`` is what :meth:`state` returned when the engine's state was saved.
+
+        Kernels on their way are asked for again: a request is not part of a state.
+        """
+        for request in self._requests.values():
+            request.cancel()
+        self._requests.clear()
+        self._engine = engine
+        if story is not None:
+            # A number once given is never given again, or a rollback would make two seeds of one name.
+            next_seed = max(self._story.next_seed, int(story["next_seed"]))
+            self._story = _Story(**{**story, "next_seed": next_seed})
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, for the checkpoint."""
+        return asdict(self._story)
+
+    # ---- decisions -------------------------------------------------------------------------------------------------
+
+    def decide(self, situation: Situation, health: HealthReport | None, clock: Clock) -> None:
+        """Ask Tamiyo (or the journal) for a plan and germinate it. Raises JournalError."""
+        entry = self._journal.next_at(clock, "decision")
+        if entry is None:
+            if self._journal.replaying:
+                raise JournalError(f"the journal knows no decision at step {clock.step}, but something later")
+            entry = self._journal.append("decision", clock, self._ask(situation, health, clock))
+        self._apply_decision(entry, situation.epoch)
+
+    def _ask(self, situation: Situation, health: HealthReport | None, clock: Clock) -> dict[str, Any]:
+        candidates = self._mesh.candidates()
+        answer: Decision | NoDecision = NoDecision("Urza names no blueprint for this run", 0.0)
+        if candidates:
+            answer = self._mesh.decide(
+                observe(situation, self.engine, health, candidates),
+                request_id=f"{self._run}-{clock.rollbacks}-{situation.epoch}",
+                deadline=self._config.decision_deadline_seconds,
+            )
+        return {"answer": asdict(answer), "blueprints": {item.id: item.to_json() for item in candidates}}
+
+    def _apply_decision(self, entry: Entry, epoch: int) -> None:
+        self._story.blueprints |= entry.content["blueprints"]
+        answer = _answer(entry.content["answer"])
+        self._witness.decided(answer, entry.clock, epoch)
+        if isinstance(answer, NoDecision) or not answer.plan:
+            return
+        with self._adaptation(answer.decision):
+            for index, change in enumerate(answer.plan):
+                made = self._germinate(change, f"{answer.decision}-{index}", answer.decision, entry.clock, epoch)
+                if isinstance(made, SeedRecord):
+                    self._story.decisions[made.seed] = answer.decision
+
+    @contextlib.contextmanager
+    def _adaptation(self, origin: str) -> Iterator[None]:
+        """The first span of an adaptation: a trace of its own, linked to the span of the epoch it begins in."""
+        cause = link_to(current_traceparent())
+        with self._telemetry.span("adaptation", {"esper.origin": origin}, parent=ROOT, links=[cause]):
+            self._story.traces[origin] = current_traceparent() or ""
+            yield
+
+    def _span(self, name: str, origin: str) -> contextlib.AbstractContextManager[object]:
+        return self._telemetry.span(name, {"esper.origin": origin}, parent=context_from(self._story.traces.get(origin)))
+
+    def _germinate(
+        self, change: PlannedChange, command_id: str, origin: str, clock: Clock, epoch: int
+    ) -> SeedRecord | str:
+        """The new seed, or why there is none: a plan may be stale, a caller may be wrong."""
+        if change.blueprint not in self._story.blueprints:
+            return f"the blueprint {change.blueprint} is not among those that Urza offers for this run"
+        blueprint = Blueprint.from_json(self._story.blueprints[change.blueprint])
+        try:
+            record = self.engine.germinate(
+                seed_id=f"seed-{self._story.next_seed}",
+                slot=change.slot,
+                blueprint=blueprint.id,
+                family=blueprint.family,
+                size=change.size,
+                command_id=command_id,
+                step=clock.step,
+                epoch=epoch,
+            )
+        except ValueError as error:
+            return str(error)
+        self._story.next_seed += 1
+        self._story.origins[record.seed] = origin
+        born = SeedTransition(
+            seed=record.seed,
+            slot=record.slot,
+            from_state=SeedState.DORMANT,
+            to_state=SeedState.GERMINATED,
+            step=clock.step,
+            command_id=command_id,
+            reason=change.reason,
+        )
+        self._witness.transitioned([born], self.engine, epoch)
+        return record
+
+    # ---- safe points -----------------------------------------------------------------------------------------------
+
+    def safe_point(self, clock: Clock, epoch: int) -> bool:
+        """Apply what is due between two steps; True if the network changed. Raises JournalError.
+
+        While the journal is replayed only the journal is heard; otherwise commands and kernels that arrived.
+        """
+        changed = False
+        if self._journal.replaying:
+            while (entry := self._journal.next_at(clock, *_APPLIED_AT_SAFE_POINTS)) is not None:
+                changed |= self._apply(entry, epoch)
+            return changed
+        for kind, content in self._arrivals(epoch):
+            changed |= self._apply(self._journal.append(kind, clock, content), epoch)
+        return changed
+
+    def command(self, command: Command, clock: Clock, epoch: int) -> bool:
+        """Journal and apply a caller's adaptation; True if the network changed."""
+        blueprints = {item.id: item.to_json() for item in self._mesh.candidates() if item.id == command.blueprint}
+        content = {"command": asdict(command), "blueprints": blueprints}
+        return self._apply(self._journal.append("command", clock, content), epoch)
+
+    def _arrivals(self, epoch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Plans whose kernels have all been found or not, and plans that waited too long."""
+        waiting = [record for record in self.engine.seeds() if record.state is SeedState.GERMINATED]
+        for origin in dict.fromkeys(self._story.origins[record.seed] for record in waiting):
+            group = [record for record in waiting if self._story.origins[record.seed] == origin]
+            requests = {record.seed: self._request(record) for record in group}
+            overdue = epoch - group[0].germinated_epoch >= self._config.kernel_timeout_epochs
+            if self._config.wait_for_kernel or overdue or all(request.done for request in requests.values()):
+                yield "load", self._collect(requests)
+
+    def _request(self, record: SeedRecord) -> KernelRequest:
+        if record.seed not in self._requests:
+            target = KernelTarget(
+                blueprint=Blueprint.from_json(self._story.blueprints[record.blueprint]),
+                interface=self.engine.interface(record.slot),
+                size=record.size,
+                init_seed=derive(self._seed, "kernel", record.seed),
+            )
+            with self._span("request kernel", self._story.origins[record.seed]):
+                self._requests[record.seed] = self._mesh.obtain_kernel(target)
+        return self._requests[record.seed]
+
+    def _collect(self, requests: Mapping[str, KernelRequest]) -> dict[str, Any]:
+        kernels, failed = {}, {}
+        wait = _KERNEL_WAIT_SECONDS if self._config.wait_for_kernel else 0.0
+        for seed, request in requests.items():
+            try:
+                kernels[seed] = request.result(wait)
+            except KernelUnavailableError as error:
+                failed[seed] = str(error)
+        return {"kernels": kernels, "failed": failed}
+
+    def _apply(self, entry: Entry, epoch: int) -> bool:
+        if entry.kind == "load":
+            return self._apply_load(entry, epoch)
+        return self._apply_command(entry, epoch)
+
+    def _apply_load(self, entry: Entry, epoch: int) -> bool:
+        transitions: list[SeedTransition] = []
+        step = entry.clock.step
+        for seed, reason in entry.content["failed"].items():
+            transitions += self.engine.cancel(seed, step=step, reason=reason, epoch=epoch)
+        for seed, digest in entry.content["kernels"].items():
+            assert self._shelf is not None, "a kernel comes through the shelf"
+            try:
+                kernel = self._shelf.take(digest)
+            except KernelUnavailableError as error:
+                transitions += self.engine.cancel(seed, step=step, reason=str(error), epoch=epoch)
+            else:
+                with self._span("graft", self._story.origins[seed]):
+                    transitions += self.engine.load(seed, kernel, step=step)
+        for seed in (*entry.content["failed"], *entry.content["kernels"]):
+            self._requests.pop(seed, None)
+        return self.follow(transitions, epoch)
+
+    def _apply_command(self, entry: Entry, epoch: int) -> bool:
+        content = entry.content["command"]
+        command = Command(**{**content, "kind": CommandKind(content["kind"])})
+        self._story.blueprints |= entry.content["blueprints"]
+        transitions: list[SeedTransition] = []
+        step, refusal, seed = entry.clock.step, "", command.seed
+        if command.kind is CommandKind.GERMINATE:
+            change = PlannedChange(command.slot, command.blueprint, command.size, command.reason)
+            with self._adaptation(command.command_id):
+                made = self._germinate(change, command.command_id, command.command_id, entry.clock, epoch)
+            refusal, seed = (made, "") if isinstance(made, str) else ("", made.seed)
+        else:
+            try:
+                transitions = self.engine.cull(
+                    command.seed, mode=self._config.evaluation.cull, step=step, reason=command.reason, epoch=epoch
+                )
+            except ValueError as error:
+                refusal = str(error)
+        self._witness.answered(
+            CommandResult(
+                command=command,
+                step=step,
+                seed=seed,
+                error_reason="ADAPTATION_REFUSED" if refusal else "",
+                error_message=refusal,
+            )
+        )
+        return self.follow(transitions, epoch)
+
+    # ---- the lives of seeds ----------------------------------------------------------------------------------------
+
+    def follow(self, transitions: Sequence[SeedTransition], epoch: int) -> bool:
+        """Let optimizer and listeners follow what the engine did; True if it did anything."""
+        if not transitions:
+            return False
+        self._on_change([fusion for transition in transitions for fusion in transition.replaced])
+        self._witness.transitioned(transitions, self.engine, epoch)
+        records = {record.seed: record for record in self.engine.seeds()}
+        for seed in dict.fromkeys(transition.seed for transition in transitions):
+            if records[seed].outcome is not None and seed not in self._story.ended:
+                self._story.ended.append(seed)
+                self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
+        return True
+
+    def alive(self) -> list[SeedRecord]:
+        """Seeds under way: neither fossilized nor gone."""
+        return [record for record in self.engine.seeds() if record.state in ALIVE]
+
+    def evaluate_due(
+        self, epoch: int, step: int, measure: Callable[[Sequence[str]], Mapping[str, Contribution]]
+    ) -> bool:
+        """Measure each seed that is due and let the engine judge; True if the network changed.
+
+        All are measured before any is judged: on the same network, so that each can be judged alone.
+        """
+        due = list(self.engine.due_for_evaluation(epoch))
+        transitions: list[SeedTransition] = []
+        for seed, worth in (measure(due) if due else {}).items():
+            transitions += self.engine.record_contribution(seed, worth, step=step, epoch=epoch)
+        return self.follow(transitions, epoch)
+
+    def finish(self, epoch: int, step: int, measure: Callable[[Sequence[str]], Mapping[str, Contribution]]) -> None:
+        """The schedule is over: judge what can be judged now and remove the rest, so that no seed is left half-way."""
+        transitions: list[SeedTransition] = []
+        for record in self.alive():
+            if record.state is SeedState.GERMINATED:
+                transitions += self.engine.cancel(
+                    record.seed, step=step, reason="the run ended before its kernel came", epoch=epoch
+                )
+        self.follow(transitions, epoch)
+        # Twice, because a doubtful seed is measured once more before it is culled.
+        for _ in range(2):
+            evaluating = [record.seed for record in self.alive() if record.state is SeedState.EVALUATING]
+            transitions = []
+            for seed, worth in (measure(evaluating) if evaluating else {}).items():
+                transitions += self.engine.record_contribution(seed, worth, step=step, epoch=epoch)
+            self.follow(transitions, epoch)
+        for record in self.alive():
+            self.follow(
+                self.engine.cull(
+                    record.seed, mode="remove", step=step, reason="the run ended before it was settled", epoch=epoch
+                ),
+                epoch,
+            )
+
+
+_APPLIED_AT_SAFE_POINTS: Final = ("load", "command")
+
+
+def _answer(content: Mapping[str, Any]) -> Decision | NoDecision:
+    if "decision" not in content:
+        return NoDecision(**content)
+    plan = tuple(PlannedChange(**change) for change in content["plan"])
+    return Decision(**{**content, "plan": plan, "evidence": tuple(content["evidence"])})

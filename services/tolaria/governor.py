@@ -1,0 +1,90 @@
+"""Watches the loss and says when training has become unstable. It only judges; the trainer restores.
+
+Robust statistics: the median and the median absolute deviation of the last steps do not follow the spike they are to
+find, as a mean and a standard deviation would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Final
+
+from services.chassis.config.schema import GovernorConfig
+
+#: Scales a median absolute deviation to a standard deviation of normal data.
+_MAD_TO_SIGMA: Final = 1.4826
+#: The deviation is taken for at least this share of the median: a loss that hardly moves must not alarm by a whisker.
+_MIN_RELATIVE_SIGMA: Final = 0.02
+#: Collapse: accuracy back at chance (times this) after it was this many times as good.
+_CHANCE_MARGIN: Final = 1.2
+_ABOVE_CHANCE: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Instability:
+    """Why training is unstable, for people and for the field report."""
+
+    reason: str
+
+
+@dataclass
+class Governor:
+    """Judges one arm. ``classes`` gives the accuracy of chance."""
+
+    config: GovernorConfig
+    classes: int
+    rollbacks: int = 0
+    best_accuracy: float = 0.0
+    _losses: deque[float] = field(default_factory=deque)
+    _spikes: int = 0
+
+    def observe_loss(self, loss: float) -> Instability | None:
+        """Judge the loss of one optimizer step."""
+        if not self.config.enabled:
+            return None
+        if not math.isfinite(loss):
+            return Instability(f"the loss is {loss}")
+        if len(self._losses) < self.config.window_steps // 2:
+            self._losses.append(loss)
+            return None
+        middle = median(self._losses)
+        sigma = _MAD_TO_SIGMA * median(abs(value - middle) for value in self._losses)
+        limit = middle + self.config.spike_sigmas * max(sigma, _MIN_RELATIVE_SIGMA * abs(middle))
+        if loss > limit:
+            # A spike stays out of the window, or the window would get used to it.
+            self._spikes += 1
+            if self._spikes >= self.config.patience_steps:
+                return Instability(f"the loss was above {limit:.4g} for {self._spikes} steps, last {loss:.4g}")
+            return None
+        self._spikes = 0
+        self._losses.append(loss)
+        if len(self._losses) > self.config.window_steps:
+            self._losses.popleft()
+        return None
+
+    def observe_accuracy(self, accuracy: float) -> Instability | None:
+        """Judge a validation accuracy, percent: a fall back to chance is a collapse."""
+        chance = 100.0 / self.classes
+        best, self.best_accuracy = self.best_accuracy, max(self.best_accuracy, accuracy)
+        if self.config.enabled and best > _ABOVE_CHANCE * chance and accuracy <= _CHANCE_MARGIN * chance:
+            return Instability(f"validation accuracy fell from {best:.1f} % to {accuracy:.1f} %, which is chance")
+        return None
+
+    @property
+    def patience_spent(self) -> bool:
+        """Whether no further rollback is allowed."""
+        return self.rollbacks >= self.config.max_rollbacks
+
+    def state(self) -> dict[str, object]:
+        """As JSON, for checkpoints and snapshots; ``rollbacks`` is not in it, because it outlives a rollback."""
+        return {"losses": list(self._losses), "spikes": self._spikes, "best_accuracy": self.best_accuracy}
+
+    def restore(self, losses: Sequence[float], spikes: int, best_accuracy: float) -> None:
+        """The inverse of :meth:`state`."""
+        self._losses = deque(losses)
+        self._spikes = spikes
+        self.best_accuracy = best_accuracy

@@ -1,0 +1,133 @@
+"""Rebuilds a grown network from an instance of the class it began as. Stands alone: needs torch and nothing else.
+
+A copy of this file is part of every export, beside ``growth.json`` (what changed: layer, from, to) and
+``weights.safetensors``::
+
+    import torch, rebuild
+    model = rebuild.load(MyNetwork(), "export")
+
+Format of the weights: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class Bridge(nn.Module):
+    """``module`` with branches beside it: all see the same input, the outputs are added."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.branches = nn.ModuleDict()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The module's output plus that of every branch."""
+        out: Tensor = self.module(inputs)
+        for branch in self.branches.values():
+            out = out + branch(inputs)
+        return out
+
+
+def grow(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """``model`` with its layers replaced by new ones of the shapes in ``changes``, freshly initialized, in place.
+
+    Each change has ``path``, ``operation``, ``before_shape`` and ``after_shape`` (of the weight).
+    Raises ValueError for a layer that is not there or does not look as it did before growth.
+    """
+    for change in changes:
+        try:
+            layer = model.get_submodule(change["path"])
+        except AttributeError as error:
+            raise ValueError(f"the network has no layer {change['path']}") from error
+        if str(change["operation"]).startswith("branch:"):
+            raise ValueError(f"{change['path']}: {change['operation']} cannot be rebuilt by this version")
+        _replace(model, change["path"], _widened(layer, change))
+    return model
+
+
+def load(model: nn.Module, folder: "str | Path") -> nn.Module:
+    """``model``, an instance of the host's class, grown in place and with the exported weights, in evaluation mode.
+
+    Raises ValueError when ``model`` is not what the growth began with, RuntimeError when the weights do not fit.
+    """
+    folder = Path(folder)
+    grow(model, json.loads((folder / "growth.json").read_text(encoding="utf-8"))["changes"])
+    model.load_state_dict(read_safetensors(folder / "weights.safetensors"))
+    return model.eval()
+
+
+def read_safetensors(path: "str | Path") -> "dict[str, Tensor]":
+    """The tensors of a safetensors file by name."""
+    data = bytearray(Path(path).read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    start = 8 + length
+    tensors: dict[str, Tensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        if first == last:
+            tensors[name] = torch.zeros(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+            continue
+        content = bytearray(data[start + first : start + last])
+        tensors[name] = torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def _widened(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:
+    before, after = tuple(change["before_shape"]), tuple(change["after_shape"])
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != before:
+        found = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
+        raise ValueError(f"{change['path']}: growth began with a weight of {before}, this network has {found}")
+    new: nn.Module
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        # A depthwise layer keeps one input channel per group.
+        groups = after[0] if layer.groups > 1 else 1
+        new = type(layer)(
+            after[1] * groups,
+            after[0],
+            layer.kernel_size,  # type: ignore[arg-type]  # a tuple of the class's own dimensions
+            stride=layer.stride,  # type: ignore[arg-type]  # as above
+            padding=layer.padding,  # type: ignore[arg-type]  # as above
+            dilation=layer.dilation,  # type: ignore[arg-type]  # as above
+            groups=groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+        )
+    elif isinstance(layer, nn.Linear):
+        new = nn.Linear(after[1], after[0], bias=layer.bias is not None)
+    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        new = type(layer)(after[0], eps=layer.eps, momentum=layer.momentum)
+    elif isinstance(layer, nn.LayerNorm):
+        new = nn.LayerNorm(list(after), eps=layer.eps, bias=layer.bias is not None)
+    else:
+        raise ValueError(  # noqa: TRY004 - the table asks for it: its value is wrong
+            f"{change['path']}: a {type(layer).__name__} cannot be widened by this version"
+        )
+    return new.to(weight.device, weight.dtype).train(layer.training)

@@ -1,0 +1,656 @@
+"""The training loop. It alone moves the model, and its clock is the only one: steps, and rollbacks that take them back.
+
+Between two steps lies a safe point: there, and nowhere else, the network changes, commands are obeyed, and the run can
+be stopped and saved. All that decides how a run goes on is in :meth:`TolariaTrainer.capture`; a checkpoint on the disk,
+the last good state in memory and a resumed process are the same thing, read back by :meth:`TolariaTrainer.restore`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esper.tolaria.v1 import run_pb2
+from services.chassis.config.schema import EsperConfig
+from services.chassis.telemetry import ROOT, Telemetry, current_traceparent, link_to
+from services.kasmina.engine import GrowthEngine, Replacement
+from services.kasmina.lifecycle import SeedState
+from services.kasmina.model import Contribution, HealthReport
+from services.tolaria import checkpoint
+from services.tolaria.accounting import Account, CpuClock
+from services.tolaria.adaptation import AdaptationCoordinator
+from services.tolaria.checkpoint import CheckpointStore, State
+from services.tolaria.data.batches import Batches
+from services.tolaria.data.splits import DataSet
+from services.tolaria.errors import CheckpointError, CheckpointWriteError, TrainingFailedError
+from services.tolaria.evaluation import Evaluation, contribution, evaluate
+from services.tolaria.governor import Governor, Instability
+from services.tolaria.journal import Clock, Journal
+from services.tolaria.kernel_shelf import KernelShelf
+from services.tolaria.observation import Situation
+from services.tolaria.optimizer import GrowingOptimizer
+from services.tolaria.ports import ADAPTATION_COMMANDS, Command, CommandKind, CommandResult, Mesh
+from services.tolaria.reporting import EpochRecord, RunReporter
+from services.tolaria.schedule import Schedule
+from services.tolaria.seeds import derive
+
+_SHOW_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 0.5
+_ROLLBACK_STATES: Final = frozenset(
+    {
+        SeedState.LOADING,
+        SeedState.TRAINING,
+        SeedState.GRAFTING,
+        SeedState.STABILIZATION,
+        SeedState.EVALUATING,
+        SeedState.FINE_TUNING,
+    }
+)
+
+
+class TrainingInterruptedError(Exception):
+    """The run stopped before its end, on somebody's word; its checkpoint is saved."""
+
+
+class Interrupt:
+    """Set by a signal handler or a caller, seen at the next safe point."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def request(self, reason: str) -> None:
+        """Stop at the next safe point; the first reason stays."""
+        self.reason = self.reason or reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmResult:
+    """What became of one arm. Accuracies in percent; ``flops`` are forward FLOPs of one sample."""
+
+    arm: str
+    test_accuracy: float
+    validation_accuracy: float
+    parameters: int
+    flops: int
+    steps: int
+    seconds: float
+    training_flops: float
+    growth_flops: float
+    validation_flops: float
+    cpu_seconds: float
+    growth_cpu_seconds: float
+
+
+def decision_epochs(epochs: int, window: tuple[float, float], decisions: int) -> list[int]:
+    """Completed epochs after which Tamiyo is asked: ``decisions`` of them, evenly spread over ``window``.
+
+    Never before the first epoch (nothing is measured) or after the last; in a short schedule they are fewer.
+    """
+    start, end = window
+    spread = (end - start) / max(1, decisions - 1)
+    return sorted(
+        {min(epochs - 1, max(1, round(epochs * (start + spread * index)))) for index in range(decisions)} - {0}
+    )
+
+
+class TolariaTrainer:
+    """Trains one arm: the run itself ("grown") or a control without growth ("host", "bigger").
+
+    Args:
+        config: The whole configuration.
+        data: What to train on, on the device.
+        arm: Name of the arm.
+        run: Id of the run.
+        folder: The run folder.
+        build_host: Makes a fresh network, the same each time; called again for every restore.
+        grow: Whether Tamiyo is asked and commands are obeyed.
+        mesh: The services, or nobody.
+        journal: The run's inputs.
+        checkpoints: Where states are saved; None: nowhere.
+        shelf: The run's kernels; None: none can be grafted.
+        reporter: Hears the story.
+        telemetry: Spans.
+        interrupt: How to stop early.
+        device: Where to train.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: EsperConfig,
+        data: DataSet,
+        arm: str,
+        run: str,
+        folder: Path,
+        build_host: Callable[[], nn.Module],
+        grow: bool,
+        mesh: Mesh,
+        journal: Journal,
+        checkpoints: CheckpointStore | None,
+        shelf: KernelShelf | None,
+        reporter: RunReporter,
+        telemetry: Telemetry,
+        interrupt: Interrupt,
+        device: torch.device,
+    ) -> None:
+        # What the run is.
+        self.config = config
+        self.arm = arm
+        self.run = run
+        self.folder = folder
+        self.grow = grow
+        self.device = device
+        self.build_host = build_host
+
+        # What it trains on.
+        self.data = data
+        self.batches = Batches(data.training, data.normalization, config.data, config.run.seed)
+        self.test_set = data.locked_test_set()
+
+        # Its clock and schedule.
+        self.total_steps = config.training.epochs * self.batches.per_epoch
+        self.schedule = Schedule.of(config.training.optimizer, self.total_steps)
+        growth = config.growth
+        self.decision_epochs = decision_epochs(config.training.epochs, growth.window, growth.decisions) if grow else []
+        self.step = 0
+
+        # Who else has a say.
+        self.mesh = mesh
+        self.journal = journal
+        self.governor = Governor(config.governor, data.classes)
+        self.interrupt = interrupt
+        self.coordinator = AdaptationCoordinator(
+            run=run,
+            config=growth,
+            seed=config.run.seed,
+            mesh=mesh,
+            journal=journal,
+            shelf=shelf,
+            telemetry=telemetry,
+            witness=reporter,
+            on_change=self._network_changed,
+        )
+
+        # Where it writes.
+        self.checkpoints = checkpoints
+        self.reporter = reporter
+        self.telemetry = telemetry
+        self.account = Account()
+        self.environment = checkpoint.environment(config.training.threads, device.type)
+
+        # The network and its optimizer; replaced as a whole by a restore.
+        self._begin_anew()
+        self.host_flops = self.engine.flops()
+        self.host_parameters = self.parameter_count()
+        self.last_good: State | None = None
+
+        # The epoch under way.
+        self.epoch_loss = 0.0
+        self.validation: Evaluation | None = None
+        self.accuracies: list[float] = []
+        self.health: HealthReport | None = None
+        self._epoch_started = time.perf_counter()
+        self._shown = (time.perf_counter(), 0)
+        self._cpu = CpuClock()
+        self._run_trace: str | None = None
+
+    # ---- from the first step to the last ---------------------------------------------------------------------------
+
+    def train(self) -> ArmResult:
+        """Train to the end of the schedule and judge the result on the test set, once.
+
+        Raises TrainingInterruptedError (the checkpoint is saved), TrainingFailedError, JournalError, CheckpointError.
+        """
+        started = time.perf_counter()
+        torch.manual_seed(derive(self.config.run.seed, "training"))
+        with self.telemetry.span("run", {"esper.run_id": self.run, "esper.arm": self.arm}, parent=ROOT):
+            # A span as long as a run would be lost in a crash: this one only gives the others something to link to.
+            self._run_trace = current_traceparent()
+            self.reporter.state(run_pb2.RUN_STATE_TRAINING, f"from step {self.step} of {self.total_steps}")
+        self.reporter.topology(self.engine, epoch=self.epoch, step=self.step)
+        if self.last_good is None:
+            self._remember()
+        while self.step < self.total_steps:
+            self._train_epoch()
+        return self._finish(started)
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.step // self.batches.per_epoch
+
+    @property
+    def clock(self) -> Clock:
+        """Where the run is."""
+        return Clock(self.governor.rollbacks, self.step)
+
+    def _train_epoch(self) -> None:
+        """Train to the end of the epoch under way, or to a rollback."""
+        epoch = self.epoch
+        rollbacks = self.governor.rollbacks
+        self._epoch_started = time.perf_counter()
+        links = [link_to(self._run_trace)]
+        with self.telemetry.span("epoch", {"esper.arm": self.arm, "esper.epoch": epoch}, parent=ROOT, links=links):
+            while self.governor.rollbacks == rollbacks:
+                self.train_step()
+                if self.step % self.batches.per_epoch == 0 and self.governor.rollbacks == rollbacks:
+                    self._end_epoch(self.epoch)
+                    return
+                if self.governor.rollbacks == rollbacks:
+                    self._safe_point()
+
+    def train_step(self) -> None:
+        """One optimizer step, or a rollback if its loss says so."""
+        batch = self.batches.at(self.epoch, self.step % self.batches.per_epoch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bfloat16"):
+            logits = self.model(batch.images)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.training.optimizer.label_smoothing)
+            own_loss = self.engine.auxiliary_loss(batch.labels)
+        value = float(loss.detach())
+        if (unstable := self.governor.observe_loss(value)) is not None:
+            self._roll_back(unstable)
+            return
+        self.optimizer.zero_grad()
+        loss.backward()
+        if own_loss is not None:
+            own_loss.backward()
+        self.optimizer.step(self.step)
+        self.step += 1
+        self.epoch_loss += value
+        self.account.bill_steps(self.flops, len(batch.labels))
+        self.coordinator.follow(self.engine.tick(self.step), self.epoch)
+        self._show_progress(value)
+
+    def _show_progress(self, loss: float) -> None:
+        now, (then, step) = time.perf_counter(), self._shown
+        if now - then >= _SHOW_SECONDS:
+            self._shown = now, self.step
+            speed = (self.step - step) / (now - then)
+            rate = self.optimizer.rate(self.step)
+            self.reporter.stepped(epoch=self.epoch, step=self.step, loss=loss, rate=rate, steps_per_second=speed)
+
+    # ---- the end of an epoch ---------------------------------------------------------------------------------------
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Validate, judge seeds, look at the slots, ask Tamiyo, save. ``epoch`` counts finished epochs."""
+        with self.telemetry.span("validate"):
+            self.validation = self._evaluate()
+        self.account.validation_flops += self.validation.flops
+        if (unstable := self.governor.observe_accuracy(self.validation.accuracy)) is not None:
+            self._roll_back(unstable)
+            return
+        self.accuracies.append(self.validation.accuracy)
+        self._bill_cpu()
+        self._report_epoch(epoch)
+        if self.grow:
+            self._adapt(epoch)
+        self._bill_cpu(growth=True)
+        self.epoch_loss = 0.0
+        self._safe_point(epoch_is_over=True)
+        if epoch % self.config.training.checkpoint_every_epochs == 0 or self.step == self.total_steps:
+            self.save()
+
+    def _adapt(self, epoch: int) -> None:
+        """All that growth does at the boundary of epochs, but for what waits for a safe point."""
+        self.coordinator.evaluate_due(epoch, self.step, self._measure_contributions)
+        self.coordinator.follow(self.engine.expire(epoch), epoch)
+        due = epoch in self.decision_epochs
+        if due or self._health_is_due(epoch):
+            self._measure_health(epoch)
+        if due:
+            with self.telemetry.span("decide", {"esper.epoch": epoch}):
+                self.coordinator.decide(self._situation(epoch), self.health, self.clock)
+
+    def _health_is_due(self, epoch: int) -> bool:
+        start, end = self.config.growth.window
+        inside = start <= epoch / self.config.training.epochs <= end
+        return inside and epoch % self.config.growth.health_every_epochs == 0
+
+    def _measure_health(self, epoch: int) -> None:
+        samples = self.config.growth.health_samples
+        size = self.config.data.evaluation_batch_size
+        images = self.data.training.images[:samples]
+        with self.telemetry.span("measure health", {"esper.samples": len(images)}):
+            self.health = self.engine.measure_health(
+                [self.data.normalization(images[first : first + size]) for first in range(0, len(images), size)]
+            )
+        self.account.growth_flops += self.health.flops
+        self.reporter.measured(self.health, epoch)
+
+    def _measure_contributions(self, seeds: Sequence[str]) -> Mapping[str, Contribution]:
+        """The worth of each of ``seeds`` alone: the same weights and images with it and without it."""
+        whole = self._evaluate()
+        self.account.growth_flops += whole.flops
+        found: dict[str, Contribution] = {}
+        for seed in seeds:
+            with self.telemetry.span("measure contribution", {"esper.seed": seed}), self.engine.without([seed]):
+                without = self._evaluate()
+            self.account.growth_flops += without.flops
+            found[seed] = contribution(whole, without, self.config.growth.evaluation.confidence)
+        return found
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            self.model,
+            self.data.validation,
+            self.data.normalization,
+            batch_size=self.config.data.evaluation_batch_size,
+            flops_per_sample=self.flops,
+        )
+
+    def _situation(self, epoch: int) -> Situation:
+        growth = self.config.growth
+        return Situation(
+            run=self.run,
+            epoch=epoch,
+            step=self.step,
+            progress=self.step / self.total_steps,
+            window=growth.window,
+            decisions_left=sum(1 for other in self.decision_epochs if other >= epoch),
+            budget=growth.budget,
+            host_flops=self.host_flops,
+            host_parameters=self.host_parameters,
+            max_factor=growth.max_factor,
+            validation_accuracies=self.accuracies,
+            seed=derive(self.config.run.seed, "controller", epoch),
+        )
+
+    def _report_epoch(self, epoch: int) -> None:
+        assert self.validation is not None, "an epoch is reported after it was validated"
+        record = EpochRecord(
+            arm=self.arm,
+            epoch=epoch,
+            step=self.step,
+            train_loss=self.epoch_loss / self.batches.per_epoch,
+            validation_loss=self.validation.loss,
+            validation_accuracy=self.validation.accuracy,
+            learning_rate=self.optimizer.rate(self.step - 1),
+            seconds=time.perf_counter() - self._epoch_started,
+            parameters=self.parameter_count(),
+            flops=self.flops,
+            training_flops=self.account.training_flops,
+            growth_flops=self.account.growth_flops,
+        )
+        self.reporter.epoch(record, self.engine)
+
+    # ---- safe points -----------------------------------------------------------------------------------------------
+
+    def _safe_point(self, *, epoch_is_over: bool = False) -> None:
+        """Apply what waits, obey commands, stop if asked to. The state after it is one that a run can go on from."""
+        changed = self.coordinator.safe_point(self.clock, self.epoch)
+        for command in self.mesh.commands():
+            changed |= self._obey(command)
+        if changed or epoch_is_over:
+            # After a graft too: a seed that breaks the training is then found in this state, and blamed.
+            self._remember()
+        if self.interrupt.reason is not None:
+            self._stop(self.interrupt.reason)
+
+    def _obey(self, command: Command) -> bool:
+        """Carry out one command; True if the network changed."""
+        if command.kind in ADAPTATION_COMMANDS:
+            return self.coordinator.command(command, self.clock, self.epoch)
+        result = CommandResult(command=command, step=self.step)
+        if command.kind is CommandKind.PAUSE:
+            self._pause(command)
+        elif command.kind is CommandKind.STOP:
+            self.reporter.answered(result)
+            self.interrupt.request(command.reason or "stopped by a caller")
+        elif command.kind is CommandKind.CHECKPOINT:
+            self.save()
+            self.reporter.answered(CommandResult(command=command, step=self.step, checkpoint_step=self.step))
+        elif command.kind is CommandKind.ROLLBACK:
+            self._roll_back_to_checkpoint(command)
+        else:
+            self.reporter.answered(result)  # RESUME of a run that is not paused: nothing to do
+        return False
+
+    def _pause(self, command: Command) -> None:
+        """Hold until a caller resumes or stops the run. Commands that change the network wait until then."""
+        self.reporter.state(run_pb2.RUN_STATE_PAUSED, command.reason or "paused by a caller")
+        self.reporter.status("paused", "paused by a caller")
+        self.reporter.answered(CommandResult(command=command, step=self.step))
+        waiting: list[Command] = []
+        resumed: Command | None = None
+        while resumed is None and self.interrupt.reason is None:
+            self.mesh.wait(_PAUSE_SECONDS)
+            for other in self.mesh.commands():
+                if other.kind is CommandKind.RESUME:
+                    resumed = other
+                else:
+                    waiting.append(other)
+            if any(other.kind is CommandKind.STOP for other in waiting):
+                break
+        self.reporter.state(run_pb2.RUN_STATE_TRAINING, "resumed")
+        if resumed is not None:
+            self.reporter.answered(CommandResult(command=resumed, step=self.step))
+        for other in waiting:
+            self._obey(other)
+
+    def _stop(self, reason: str) -> None:
+        self.save()
+        self.reporter.state(run_pb2.RUN_STATE_STOPPED, reason)
+        raise TrainingInterruptedError(reason)
+
+    def _network_changed(self, replaced: Iterable[Replacement]) -> None:
+        """The optimizer follows the network, survivors and fused parameters with their state."""
+        self.optimizer.sync(self.engine.parameter_groups(), replaced)
+        self.flops = self.engine.flops()
+        self.reporter.topology(self.engine, epoch=self.epoch, step=self.step)
+
+    # ---- states ----------------------------------------------------------------------------------------------------
+
+    def capture(self) -> State:
+        """All that decides how the run goes on. The tensors are the live ones."""
+        tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
+        values = {
+            "run": self.run,
+            "arm": self.arm,
+            "environment": self.environment,
+            "step": self.step,
+            "rollbacks": self.governor.rollbacks,
+            "rate_scale": self.optimizer.rate_scale,
+            "epoch_loss": self.epoch_loss,
+            "accuracies": self.accuracies,
+            "engine": self.engine.state(),
+            "story": self.coordinator.state(),
+            "governor": self.governor.state(),
+            "account": self.account.state(),
+            "journal_position": self.journal.position,
+        }
+        return State(tensors, values)
+
+    def restore(self, state: State) -> None:
+        """Go on from ``state``: a fresh host, grown to the state's topology, with its weights and its optimizer.
+
+        What was spent stays spent, and how often the run was rolled back is not forgotten.
+        """
+        values = state.values
+        self._begin_anew(values)
+        self.model.load_state_dict(_named(state.tensors, "model/"))
+        self.optimizer.load_state(_named(state.tensors, "optimizer/"))
+        self.optimizer.rate_scale = values["rate_scale"]
+        self.step = values["step"]
+        self.epoch_loss = values["epoch_loss"]
+        self.accuracies = list(values["accuracies"])
+        self.governor.restore(**values["governor"])
+        torch.set_rng_state(state.tensors["rng/cpu"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"].cpu(), self.device)
+
+    def _begin_anew(self, values: Mapping[str, Any] | None = None) -> None:
+        """A fresh host and its engine, grown to the topology in ``values``, and an optimizer without state."""
+        self.model = self.build_host().to(self.device)
+        self.model.train()
+        self.engine = GrowthEngine(
+            self.model,
+            self.data.normalization(self.data.training.images[:2]),
+            run=self.run,
+            settings=self.config.growth,
+            outputs=self.data.classes,
+            seed=derive(self.config.run.seed, "engine"),
+        )
+        if values is not None:
+            self.engine.restore(values["engine"])
+        self.coordinator.bind(self.engine, values["story"] if values is not None else None)
+        self.optimizer = GrowingOptimizer(self.config.training.optimizer, self.schedule)
+        self.optimizer.sync(self.engine.parameter_groups())
+        self.flops = self.engine.flops()
+
+    def resume(self, step: int | None = None) -> None:
+        """Go on from the newest checkpoint, or from that of ``step``, and replay the journal from there.
+
+        Raises CheckpointError when there is none or it belongs to another run.
+        """
+        assert self.checkpoints is not None, "an arm without checkpoints cannot be resumed"
+        steps = self.checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
+        state = self.checkpoints.load(steps[-1] if step is None else step)
+        values = state.values
+        if (values["run"], values["arm"]) != (self.run, self.arm):
+            raise CheckpointError(f"the checkpoint belongs to run {values['run']} ({values['arm']}), not to {self.run}")
+        if values["environment"] != self.environment:
+            self.reporter.status(
+                "training",
+                f"the checkpoint was made with {values['environment']}, this is {self.environment}: "
+                "results will differ in the last bits",
+            )
+        self.governor.rollbacks = values["rollbacks"]
+        self.account = Account(**values["account"])
+        self.journal.position = values["journal_position"]
+        # The last good state may lie before the checkpoint; a resumed run must fall back to the same one.
+        good = _nested(state)
+        self.restore(state)
+        self.last_good = good if good is not None else state.detached()
+        self.reporter.rewind(self.step)
+        self.reporter.checkpointed(self.step)
+
+    def save(self) -> bool:
+        """Write a checkpoint; False if the disk refused. Training goes on either way."""
+        if self.checkpoints is None:
+            return False
+        state = self.capture()
+        if self.last_good is not None and self.last_good.values["step"] != self.step:
+            tensors = {f"last_good/{name}": tensor for name, tensor in self.last_good.tensors.items()}
+            state = State({**state.tensors, **tensors}, {**state.values, "last_good": self.last_good.values})
+        try:
+            self.checkpoints.save(self.step, state)
+        except CheckpointWriteError as error:
+            self.reporter.status("training", f"{error}; training goes on, the checkpoints before it are intact")
+            return False
+        self.reporter.checkpointed(self.step)
+        return True
+
+    def _remember(self) -> None:
+        self.last_good = self.capture().detached()
+
+    # ---- rollbacks -------------------------------------------------------------------------------------------------
+
+    def _roll_back(self, unstable: Instability) -> None:
+        """Restore the last good state and change something, or the same would happen again.
+
+        Raises TrainingFailedError when that was done too often.
+        """
+        from_step = self.step
+        assert self.last_good is not None, "there is a good state from the first step on"
+        if self.governor.patience_spent:
+            self.reporter.state(run_pb2.RUN_STATE_FAILED, unstable.reason)
+            raise TrainingFailedError(
+                f"training is unstable at step {from_step} ({unstable.reason}) "
+                f"after {self.governor.rollbacks} rollbacks; try a lower training.optimizer.learning_rate"
+            )
+        self.restore(self.last_good)
+        self.governor.rollbacks += 1
+        blamed = [record.seed for record in self.coordinator.alive() if record.state in _ROLLBACK_STATES]
+        if blamed:
+            transitions = self.engine.roll_back(blamed, step=self.step, reason=unstable.reason, epoch=self.epoch)
+            self.coordinator.follow(transitions, self.epoch)
+        else:
+            self.optimizer.rate_scale *= self.config.governor.rate_scale
+        self.reporter.rolled_back(from_step=from_step, to_step=self.step, reason=unstable.reason, seeds=blamed)
+        self._remember()
+
+    def _roll_back_to_checkpoint(self, command: Command) -> None:
+        """A caller's rollback; refused when the checkpoint is not there."""
+        from_step, reason = self.step, command.reason or "asked for by a caller"
+        steps = self.checkpoints.steps() if self.checkpoints is not None else []
+        wanted = int(command.checkpoint) if command.checkpoint else max(steps, default=-1)
+        if self.checkpoints is None or wanted not in steps:
+            self.reporter.answered(
+                CommandResult(
+                    command=command,
+                    step=self.step,
+                    error_reason="CHECKPOINT_NOT_FOUND",
+                    error_message=f"there is no checkpoint of step {wanted}; there are {steps}",
+                )
+            )
+            return
+        self.restore(self.checkpoints.load(wanted))
+        self.governor.rollbacks += 1
+        self.checkpoints.discard_after(self.step)
+        self._remember()
+        # Saved at once, over the old one: a resume must not walk into the past that was taken back.
+        self.save()
+        self.reporter.rolled_back(from_step=from_step, to_step=self.step, reason=reason, seeds=[])
+        self.reporter.answered(CommandResult(command=command, step=self.step, checkpoint_step=self.step))
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, started: float) -> ArmResult:
+        """Settle the seeds that are still under way, then touch the test set, for the first and last time."""
+        self.reporter.state(run_pb2.RUN_STATE_FINISHING, "the schedule is over")
+        if self.grow:
+            self.coordinator.finish(self.epoch, self.step, self._measure_contributions)
+        self._bill_cpu(growth=True)
+        self.validation = self._evaluate()
+        self.test_set.unlock()
+        test = evaluate(
+            self.model,
+            self.test_set.take().to(self.device),
+            self.data.normalization,
+            batch_size=self.config.data.evaluation_batch_size,
+            flops_per_sample=self.flops,
+        )
+        return ArmResult(
+            arm=self.arm,
+            test_accuracy=test.accuracy,
+            validation_accuracy=self.validation.accuracy,
+            parameters=self.parameter_count(),
+            flops=self.flops,
+            steps=self.step,
+            seconds=time.perf_counter() - started,
+            **self.account.state(),
+        )
+
+    def parameter_count(self) -> int:
+        """Parameters of the network as of now."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _bill_cpu(self, *, growth: bool = False) -> None:
+        spent = self._cpu.lap()
+        self.account.cpu_seconds += spent
+        if growth and self.grow:
+            self.account.growth_cpu_seconds += spent
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _nested(state: State) -> State | None:
+    """The last good state inside a checkpoint; None if the checkpoint is it."""
+    if "last_good" not in state.values:
+        return None
+    return State(_named(state.tensors, "last_good/"), state.values["last_good"])
