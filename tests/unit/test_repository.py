@@ -27,7 +27,7 @@ _HOSTS: Final = (
 _MACHINE_PATH: Final = re.compile(r"(?<![\w.$}~/-])/(?:work|root|home/\w+|Users/\w+)(?:/|\b)(?!\w)")
 _EXEMPTION: Final = re.compile(r"#\s*(?:type:\s*ignore|noqa|pragma:\s*no cover)\b(?P<rest>.*)")
 _CODES: Final = re.compile(r"^(?:\[[\w\-, ]+\]|:\s*[A-Z]+\d+(?:,\s*[A-Z]+\d+)*)?")
-_REASON: Final = re.compile(r"^\s*(?:#|-|:)\s*\S{2,}")
+_REASON: Final = re.compile(r"^\s*(?:#|-|:)\s*\w.*\w")
 _UNFINISHED: Final = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
 
 
