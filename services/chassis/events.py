@@ -73,7 +73,7 @@ class _Backoff:
 
     def next(self) -> float:
         pause, self._pause = self._pause, min(_BACKOFF_SECONDS[1], self._pause * 2)
-        return pause * random.uniform(0.7, 1.3)  # noqa: S311  # jitter, no secret
+        return pause * random.uniform(0.7, 1.3)  # jitter, no secret
 
 
 @dataclass(frozen=True, slots=True)

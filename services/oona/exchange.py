@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from esper.oona.v1.event_pb2 import Event
 from services.chassis.errors import EsperError, FieldViolation, Reason
+from services.chassis.ids import parse_name
 from services.oona.bus import Bus, Position, Record, StoredRecord, TopicPartition
 from services.oona.counters import Counters
 from services.oona.errors import bus_overloaded, invalid_fields, topic_exists, topic_not_found
@@ -286,7 +287,7 @@ class EventExchange:
             violations.append(FieldViolation("start.credit", f"must be 0 to {MAX_CREDIT}"))
         if violations:
             raise invalid_fields(violations)
-        names = [self._existing(name) for name in dict.fromkeys(topics)]
+        names = [self._existing(name, "start.topics") for name in dict.fromkeys(topics)]
         if self._subscriptions >= MAX_SUBSCRIPTIONS:
             raise bus_overloaded(f"{MAX_SUBSCRIPTIONS} subscriptions are open")
         self._subscriptions += 1
@@ -338,7 +339,7 @@ class EventExchange:
         """
         if not 0 <= last <= MAX_TAIL_LAST:
             raise invalid_fields([FieldViolation("last", f"must be 0 to {MAX_TAIL_LAST}")])
-        names = [self._existing(name) for name in dict.fromkeys(topics)] or [
+        names = [self._existing(name, "topics") for name in dict.fromkeys(topics)] or [
             spec.name for spec in self._specs.values() if not spec.is_dead_letter
         ]
         if self._tails >= MAX_TAILS:
@@ -385,7 +386,7 @@ class EventExchange:
 
     def topic(self, name: str) -> TopicSpec:
         """The topic of a resource name ``topics/{t}``."""
-        return self._specs[self._existing(name)]
+        return self._specs[self._existing(name, "name")]
 
     def topics(self, *, dead_letters: bool) -> list[TopicSpec]:
         """Topics by name."""
@@ -414,7 +415,7 @@ class EventExchange:
             violations.append(
                 FieldViolation(
                     "topic_id",
-                    'must be 1 to 128 of lower-case letters, digits, "_" and "."; not ending ".dlq", not beginning "oona."',
+                    'must be 1 to 128 of lower-case letters, digits, "_", "."; not ending ".dlq", not beginning "oona."',
                 )
             )
         if not payload_types:
@@ -453,9 +454,9 @@ class EventExchange:
         self._specs[spec.name] = spec
         self._types[spec.name] = frozenset(spec.payload_types)
 
-    def _existing(self, name: str) -> str:
-        bare = name.removeprefix("topics/")
-        if bare == name or bare not in self._specs:
+    def _existing(self, name: str, field: str) -> str:
+        (bare,) = parse_name("topics/{topic}", name, field=field)
+        if bare not in self._specs:
             raise topic_not_found(bare)
         return bare
 
@@ -466,7 +467,7 @@ class EventExchange:
         if not _GROUP_PATTERN.match(group):
             raise invalid_fields([FieldViolation("consumer_group", "is required")])
         committed = await self._bus.committed(group)
-        names = [self._existing(topic)] if topic else sorted({source.topic for source in committed})
+        names = [self._existing(topic, "topic")] if topic else sorted({source.topic for source in committed})
         found: list[Lag] = []
         for name in names:
             for partition, bounds in enumerate(await self._bus.ranges(name)):
@@ -538,7 +539,7 @@ class EventExchange:
             return done
 
     def _dead_letter_topic(self, topic: str) -> str:
-        name = self._existing(topic)
+        name = self._existing(topic, "topic")
         if name.endswith(DEAD_LETTER_SUFFIX):
             raise invalid_fields([FieldViolation("topic", "is itself a dead-letter topic: name the topic it serves")])
         return name + DEAD_LETTER_SUFFIX

@@ -41,19 +41,20 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
         self._stopping = stopping
         self._requests = RequestCache()
 
-    async def Publish(  # noqa: N802  # name of the contract
+    async def Publish(  # name of the contract
         self, request: event_service_pb2.PublishRequest, context: _Context
     ) -> event_service_pb2.PublishResponse:
         """Publishes a batch."""
         published = await self._exchange.publish(request.events)
         return event_service_pb2.PublishResponse(published=map(_published, published))
 
-    async def PublishStream(  # noqa: N802  # name of the contract
+    async def PublishStream(  # name of the contract
         self, request_iterator: AsyncIterator[event_service_pb2.PublishStreamRequest], context: _Context
     ) -> AsyncIterator[event_service_pb2.PublishStreamResponse]:
         """Publishes batches, many on their way at once, acknowledged in order."""
         under_way: deque[tuple[int, asyncio.Task[tuple[list[Published], list[Rejected]]]]] = deque()
         changed = asyncio.Event()
+        room = asyncio.Event()
 
         async def read() -> None:
             try:
@@ -67,7 +68,6 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
             finally:
                 changed.set()
 
-        room = asyncio.Event()
         reader = asyncio.create_task(read())
         stop = asyncio.create_task(self._stopping.wait())
         stop.add_done_callback(lambda _: reader.cancel())
@@ -83,14 +83,16 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
                     )
                 if under_way or not reader.done():
                     await changed.wait()
+            if self._stopping.is_set():
+                raise draining()
+            await reader
         finally:
-            for pending in (reader, stop, *(task for _, task in under_way)):
-                pending.cancel()
-            await asyncio.gather(reader, stop, *(task for _, task in under_way), return_exceptions=True)
-        if self._stopping.is_set():
-            raise draining()
+            pending = (reader, stop, *(task for _, task in under_way))
+            for task_left in pending:
+                task_left.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
 
-    async def Subscribe(  # noqa: N802  # name of the contract
+    async def Subscribe(  # name of the contract
         self, request_iterator: AsyncIterator[event_service_pb2.SubscribeRequest], context: _Context
     ) -> AsyncIterator[event_service_pb2.SubscribeResponse]:
         """Delivers to a member of a group."""
@@ -156,7 +158,7 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
                 case _:
                     raise invalid_fields([FieldViolation("start", "comes first and only once")])
 
-    async def Tail(  # noqa: N802  # name of the contract
+    async def Tail(  # name of the contract
         self, request: event_service_pb2.TailRequest, context: _Context
     ) -> AsyncIterator[event_service_pb2.TailResponse]:
         """Shows events."""
@@ -172,23 +174,21 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
                     else:
                         yield event_service_pb2.TailResponse(stored_event=stored)
 
-    async def GetTopic(  # noqa: N802  # name of the contract
+    async def GetTopic(  # name of the contract
         self, request: event_service_pb2.GetTopicRequest, context: _Context
     ) -> event_service_pb2.GetTopicResponse:
         """Returns one topic."""
         return event_service_pb2.GetTopicResponse(topic=await self._topic(self._exchange.topic(request.name)))
 
-    async def ListTopics(  # noqa: N802  # name of the contract
+    async def ListTopics(  # name of the contract
         self, request: event_service_pb2.ListTopicsRequest, context: _Context
     ) -> event_service_pb2.ListTopicsResponse:
         """Lists topics by name."""
-        fields = ("topics", str(request.include_dead_letter_topics))
+        fields = {"list": "topics", "include_dead_letter_topics": request.include_dead_letter_topics}
         size = page_size_of(request.page_size)
         after = decode_token(fields, request.page_token) if request.page_token else ""
         specs = [
-            spec
-            for spec in self._exchange.topics(dead_letters=request.include_dead_letter_topics)
-            if spec.name > str(after)
+            spec for spec in self._exchange.topics(dead_letters=request.include_dead_letter_topics) if spec.name > after
         ]
         page = specs[:size]
         return event_service_pb2.ListTopicsResponse(
@@ -196,7 +196,7 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
             next_page_token=encode_token(fields, page[-1].name) if len(specs) > size else "",
         )
 
-    async def CreateTopic(  # noqa: N802  # name of the contract
+    async def CreateTopic(  # name of the contract
         self, request: event_service_pb2.CreateTopicRequest, context: _Context
     ) -> event_service_pb2.CreateTopicResponse:
         """Makes a topic."""
@@ -212,7 +212,7 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
 
         return await self._requests.once("CreateTopic", request, create)
 
-    async def GetLag(  # noqa: N802  # name of the contract
+    async def GetLag(  # name of the contract
         self, request: event_service_pb2.GetLagRequest, context: _Context
     ) -> event_service_pb2.GetLagResponse:
         """Says how far a group is behind."""
@@ -231,14 +231,14 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
             total_lag=sum(lag.lag for lag in lags),
         )
 
-    async def ListDeadLetters(  # noqa: N802  # name of the contract
+    async def ListDeadLetters(  # name of the contract
         self, request: event_service_pb2.ListDeadLettersRequest, context: _Context
     ) -> event_service_pb2.ListDeadLettersResponse:
         """Lists dead letters."""
-        fields = ("dead_letters", request.topic)
+        fields = {"list": "dead_letters", "topic": request.topic}
         cursor = None
         if request.page_token:
-            partition, _, offset = str(decode_token(fields, request.page_token)).partition(":")
+            partition, _, offset = decode_token(fields, request.page_token).partition(":")
             cursor = (int(partition), int(offset))
         letters, following = await self._exchange.dead_letters(
             request.topic, cursor=cursor, limit=page_size_of(request.page_size)
@@ -248,7 +248,7 @@ class EventServicer(event_service_pb2_grpc.EventServiceServicer):
             next_page_token=encode_token(fields, f"{following[0]}:{following[1]}") if following else "",
         )
 
-    async def RedriveDeadLetters(  # noqa: N802  # name of the contract
+    async def RedriveDeadLetters(  # name of the contract
         self, request: event_service_pb2.RedriveDeadLettersRequest, context: _Context
     ) -> event_service_pb2.RedriveDeadLettersResponse:
         """Publishes dead letters again."""

@@ -77,7 +77,11 @@ class KafkaBus:
 
     async def start(self) -> None:
         """See :class:`services.oona.bus.Bus`."""
-        await self._at_desk(self._connect)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._desk, self._connect)
+        except KafkaError as error:
+            raise bus_unavailable(f"Kafka: {error}") from error
+        await self._at_desk(self._open_registry)
 
     async def stop(self) -> None:
         """See :class:`services.oona.bus.Bus`."""
@@ -209,6 +213,8 @@ class KafkaBus:
         self._clients.append(self._producer)
         self._lookup = KafkaConsumer(**self._consumer_options)
         self._clients.append(self._lookup)
+
+    def _open_registry(self) -> None:
         self._make_topics(
             [TopicSpec(REGISTRY_TOPIC, (), 1, -1)], {"cleanup.policy": "compact", "max.message.bytes": "1048588"}
         )

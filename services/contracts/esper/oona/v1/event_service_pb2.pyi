@@ -664,7 +664,7 @@ class CreateTopicRequest(_message.Message):
     topic_id: _builtins.str
     """The topic's id: the {t} of its name. Required."""
     request_id: _builtins.str
-    """Same id, same answer. At most 128 characters; empty: no deduplication beyond the topic's name."""
+    """Required. Same id, same answer."""
     @_builtins.property
     def topic(self) -> _topic_pb2.Topic:
         """Required. The topic; its name is ignored."""
@@ -834,7 +834,7 @@ class RedriveDeadLettersRequest(_message.Message):
     max_letters: _builtins.int
     """Most letters to redrive. Default 0: all there are when the call begins."""
     request_id: _builtins.str
-    """Same id, same answer. At most 128 characters; empty: no deduplication."""
+    """Required. Same id, same answer."""
     def __init__(
         self,
         *,

@@ -34,8 +34,8 @@ class EventServiceStub:
     partitions of its topics among its members; each event is delivered until one of them acknowledges it, or it is
     given up and moved to the topic's dead letters.
 
-    Errors of every rpc, by reason in google.rpc.ErrorInfo (domain "esper"): INVALID_FIELD (INVALID_ARGUMENT, with the
-    field's path), TOPIC_NOT_FOUND (NOT_FOUND), BUS_UNAVAILABLE (UNAVAILABLE: the log or the broker behind the bus
+    Errors of every rpc, by reason in google.rpc.ErrorInfo (domain "esper"): INVALID_FIELD and INVALID_NAME (INVALID_ARGUMENT,
+    with the field's path), TOPIC_NOT_FOUND (NOT_FOUND), BUS_UNAVAILABLE (UNAVAILABLE: the log or the broker behind the bus
     cannot be reached; try again), BUS_OVERLOADED (RESOURCE_EXHAUSTED: a bound of the server is reached; wait and try
     again).
     """
@@ -87,8 +87,8 @@ class EventServiceAsyncStub(EventServiceStub):
     partitions of its topics among its members; each event is delivered until one of them acknowledges it, or it is
     given up and moved to the topic's dead letters.
 
-    Errors of every rpc, by reason in google.rpc.ErrorInfo (domain "esper"): INVALID_FIELD (INVALID_ARGUMENT, with the
-    field's path), TOPIC_NOT_FOUND (NOT_FOUND), BUS_UNAVAILABLE (UNAVAILABLE: the log or the broker behind the bus
+    Errors of every rpc, by reason in google.rpc.ErrorInfo (domain "esper"): INVALID_FIELD and INVALID_NAME (INVALID_ARGUMENT,
+    with the field's path), TOPIC_NOT_FOUND (NOT_FOUND), BUS_UNAVAILABLE (UNAVAILABLE: the log or the broker behind the bus
     cannot be reached; try again), BUS_OVERLOADED (RESOURCE_EXHAUSTED: a bound of the server is reached; wait and try
     again).
     """
@@ -136,8 +136,8 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     partitions of its topics among its members; each event is delivered until one of them acknowledges it, or it is
     given up and moved to the topic's dead letters.
 
-    Errors of every rpc, by reason in google.rpc.ErrorInfo (domain "esper"): INVALID_FIELD (INVALID_ARGUMENT, with the
-    field's path), TOPIC_NOT_FOUND (NOT_FOUND), BUS_UNAVAILABLE (UNAVAILABLE: the log or the broker behind the bus
+    Errors of every rpc, by reason in google.rpc.ErrorInfo (domain "esper"): INVALID_FIELD and INVALID_NAME (INVALID_ARGUMENT,
+    with the field's path), TOPIC_NOT_FOUND (NOT_FOUND), BUS_UNAVAILABLE (UNAVAILABLE: the log or the broker behind the bus
     cannot be reached; try again), BUS_OVERLOADED (RESOURCE_EXHAUSTED: a bound of the server is reached; wait and try
     again).
     """
