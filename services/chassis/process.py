@@ -8,6 +8,7 @@ signal is only the belt (it follows the parent's thread, and no grandchild hears
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -18,6 +19,8 @@ import sys
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
+
+import psutil
 
 #: Environment variable with the number of the lifeline's descriptor.
 LIFELINE_FD: Final = "ESPER_LIFELINE_FD"
@@ -49,11 +52,23 @@ def bind_to_parent(*, grace: float) -> bool:
 def _watch(lifeline: int, grace: float) -> None:
     while os.read(lifeline, 1):  # pragma: no branch  # nobody writes: the read returns at the end only
         pass
+    # Nobody is left to end this process's own children when it leaves in good order.
+    atexit.register(_kill_rest_of_group)
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(grace)
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
+    _kill_rest_of_group()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_rest_of_group() -> None:
+    """End the other members of the group this process leads; a group led by another is none of its business."""
+    own = os.getpid()
+    if os.getpgrp() != own:
+        return
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):  # gone since it was listed
+            if pid != own and os.getpgid(pid) == own:
+                os.kill(pid, signal.SIGKILL)
 
 
 class Progress:

@@ -155,18 +155,19 @@ async def _serve(name: str, build: Build, config: EsperConfig, arguments: argpar
 
 
 def _stop_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; a second one has its usual, immediate effect."""
+    """An event that SIGTERM or SIGINT sets; a second Ctrl-C has its usual, immediate effect.
+
+    A second SIGTERM has none: an orphan gets two, one from the kernel and one from its lifeline.
+    """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
 
-    def stop() -> None:
+    def interrupted() -> None:
         stopping.set()
-        for number in signals:
-            loop.remove_signal_handler(number)
+        loop.remove_signal_handler(signal.SIGINT)
 
-    for number in signals:
-        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
     return stopping
 
 

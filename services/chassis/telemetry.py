@@ -112,13 +112,14 @@ class Telemetry:
     ) -> Span:
         """Start a span that the caller ends. ``parent=None`` is the current span; ``ROOT`` begins a trace.
 
-        Links that are None are left out, so ``links=[link_to(maybe)]`` needs no test.
+        Attributes and links that are None are left out: what is unmeasured is absent, and ``links=[link_to(maybe)]``
+        needs no test.
         """
         return self._tracer.start_span(
             name,
             context=parent,
             kind=kind,
-            attributes=dict(attributes) if attributes is not None else None,
+            attributes={key: value for key, value in (attributes or {}).items() if value is not None},
             links=[Link(context) for context in links if context is not None],
         )
 
@@ -146,8 +147,8 @@ class Telemetry:
     @staticmethod
     @contextlib.contextmanager
     def activate(span: Span) -> Iterator[Span]:
-        """Make ``span`` the current one inside the block, without ending it."""
-        with trace.use_span(span, end_on_exit=False):
+        """Make ``span`` the current one inside the block, without ending or judging it."""
+        with trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
             yield span
 
     def counts(self) -> SpanCounts:

@@ -46,7 +46,7 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["EchoService"]
 NAME: str = SERVICE.full_name
 
 
-class EchoServicer(pb_grpc.EchoServiceServicer):  # type: ignore[misc]  # generated at test time, without types
+class EchoServicer(pb_grpc.EchoServiceServicer):  # type: ignore[name-defined,misc]  # made at test time, untyped
     """Text "esper", "bug", "abort", "own-timeout" raises; "wait" waits for ever; anything else is answered."""
 
     def __init__(self, draining: asyncio.Event) -> None:
@@ -77,21 +77,21 @@ class EchoServicer(pb_grpc.EchoServiceServicer):  # type: ignore[misc]  # genera
                 raise
         return pb.EchoResponse(text=text)
 
-    async def Echo(self, request: Any, context: Any) -> Any:  # noqa: N802  # the contract's name
+    async def Echo(self, request: Any, context: Any) -> Any:  # the contract's name
         return await self._do(request.text, context)
 
-    async def Change(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Change(self, request: Any, context: Any) -> Any:
         return await self._do(request.text, context)
 
-    async def Create(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Create(self, request: Any, context: Any) -> Any:
         self.calls += 1
         return pb.CreateResponse()
 
-    async def Collect(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+    async def Collect(self, request_iterator: Any, context: Any) -> Any:
         texts = [request.text async for request in request_iterator]
         return await self._do(texts[0] if len(texts) == 1 else ",".join(texts), context)
 
-    async def Repeat(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def Repeat(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Answers ``times`` times, then does as the text says."""
         try:
             for _ in range(request.times):
@@ -100,12 +100,12 @@ class EchoServicer(pb_grpc.EchoServiceServicer):  # type: ignore[misc]  # genera
         finally:
             self.closed.set()
 
-    async def Converse(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def Converse(self, request_iterator: Any, context: Any) -> None:
         """In the other spelling of a streaming handler: a coroutine that writes."""
         async for request in request_iterator:
             await context.write(await self._do(request.text, context))
 
-    async def WatchEcho(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def WatchEcho(self, request: Any, context: Any) -> AsyncIterator[Any]:
         yield pb.EchoResponse(text="first")
         self.seen.append(context)
         self.started.set()

@@ -47,7 +47,7 @@ class _Unavailable(EchoServicer):
         self.calls += 1
         await context.abort(grpc.StatusCode[text], "not now")
 
-    async def Create(self, request: Any, context: Any) -> Any:  # noqa: N802  # the contract's name
+    async def Create(self, request: Any, context: Any) -> Any:  # the contract's name
         await self._do("UNAVAILABLE", context)
 
 

@@ -237,7 +237,7 @@ async def test_ids_that_would_spoil_a_log_are_replaced() -> None:
 async def test_an_unknown_method_is_unimplemented() -> None:
     async with running() as run, _plain(run) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(f"/{NAME}/Nothing")(b"")
+            await channel.unary_unary(f"/{NAME}/Nothing", pb.EchoRequest.SerializeToString)(pb.EchoRequest())
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

@@ -15,9 +15,10 @@ import pytest
 from google.protobuf import json_format
 from opentelemetry import trace
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanKind
+from opentelemetry.util.types import AttributeValue
 
 from services.chassis import logs, telemetry
 from services.chassis.config.schema import TelemetryConfig
@@ -65,7 +66,14 @@ def _base64_ids(node: Any) -> None:
 
 def test_a_line_parses_as_otlp_traces_data(tmp_path: Path) -> None:
     tracer = telemetry.setup("urza", TelemetryConfig(), tmp_path, None)
-    attributes = {"text": "a", "flag": True, "count": 2**40, "share": 0.5, "loss": float("nan"), "path": ("a", "b")}
+    attributes: dict[str, AttributeValue] = {
+        "text": "a",
+        "flag": True,
+        "count": 2**40,
+        "share": 0.5,
+        "loss": float("nan"),
+        "path": ("a", "b"),
+    }
     with tracer.span("all kinds", attributes, kind=SpanKind.SERVER) as span:
         span.add_event("at", {"low": float("-inf")})
     tracer.shutdown()
@@ -151,7 +159,7 @@ class _Held(SpanExporter):
 def test_spans_beyond_the_queue_are_dropped_and_counted() -> None:
     exporter = _Held()
     queue = telemetry._BoundedProcessor(exporter, 4)
-    with_queue = telemetry.TracerProvider(shutdown_on_exit=False)
+    with_queue = TracerProvider(shutdown_on_exit=False)
     with_queue.add_span_processor(queue)
     tracer = telemetry.Telemetry("x", None, with_queue, queue)
     for _ in range(4):

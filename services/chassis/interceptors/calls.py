@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 import grpc.aio
@@ -59,10 +60,14 @@ class Call:
         if error is None or isinstance(error, grpc.aio.AbortError):
             # Set by context.abort or set_code; grpc.aio keeps a plain number, 0 if nobody set it.
             return status_code(self.context.code())
-        remaining = self.context.time_remaining()
-        if remaining is not None and remaining <= 0:
-            return grpc.StatusCode.DEADLINE_EXCEEDED
-        return grpc.StatusCode.CANCELLED
+        return grpc.StatusCode.DEADLINE_EXCEEDED if self.remaining <= 0 else grpc.StatusCode.CANCELLED
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the client's deadline, infinite without one."""
+        # The stubs deny that grpc.aio answers None for a call without deadline.
+        seconds = cast("float | None", self.context.time_remaining())
+        return math.inf if seconds is None else seconds
 
 
 _BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -91,17 +96,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Called by grpc for each call; an unknown method has no handler and stays UNIMPLEMENTED."""
         method = handler_call_details.method
         known = self._wrapped.get(method)
         if known is not None:
             return known
-        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
         if handler is None:
-            return handler  # type: ignore[unreachable]  # the stubs deny that None comes for an unknown method
+            return None
         self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 
 from services.chassis.errors import EsperError, Reason
@@ -23,9 +24,8 @@ class DeadlineCap:
     @contextlib.asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
         """Run the call inside the cap; raises EsperError (DEADLINE_EXCEEDED) when it fires."""
-        remaining = call.context.time_remaining()
-        capped = (remaining is None and not call.streaming) or (remaining is not None and remaining > self._limit)
-        if call.infrastructure or not capped:
+        endless_stream = call.streaming and call.remaining == math.inf
+        if call.infrastructure or endless_stream or call.remaining <= self._limit:
             yield
             return
         timer = asyncio.timeout(self._limit)
