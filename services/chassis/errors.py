@@ -523,6 +523,11 @@ def _detail(status: status_pb2.Status | None, kind: type[_M]) -> _M | None:
     return None
 
 
+def reason_named(name: str) -> Reason:
+    """The row of a reason that came over the wire; INTERNAL for one that this version does not know."""
+    return _BY_NAME.get(name, Reason.INTERNAL)
+
+
 def invalid(field: str, why: str, fix: str) -> EsperError:
     """INVALID_FIELD: ``field`` is the path, e.g. ``observation.slots[2].width``; ``why`` and ``fix`` in words."""
     text = f"{field}: {why}; {fix}"

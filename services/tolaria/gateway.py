@@ -6,7 +6,7 @@ import asyncio
 
 from esper.common.v1.common_pb2 import ChangeType
 from esper.tolaria.v1 import run_pb2, training_link_service_pb2
-from services.chassis.errors import EsperError, Reason, not_found
+from services.chassis.errors import EsperError, Reason, not_found, reason_named
 from services.chassis.idempotency import digest_of
 from services.chassis.link import LinkRegistry
 from services.chassis.watch import WatchHub
@@ -112,7 +112,7 @@ class TolariaGateway:
             )
         result = answer.result()
         if result.error_reason:
-            raise EsperError(f"{name}: {result.error_message}", reason=Reason(result.error_reason))
+            raise EsperError(f"{name}: {result.error_message}", reason=reason_named(result.error_reason))
         return result
 
     def _accepts(self, run: run_pb2.Run) -> None:
