@@ -61,8 +61,7 @@ def _built_in(config: ModelConfig, data: DataSet) -> nn.Module:
 
 
 def _from_factory(config: ModelConfig, data: DataSet) -> nn.Module:
-    if config.factory is None:
-        raise FactoryError("model.name is factory: set model.factory to package.module:callable")
+    assert config.factory is not None, "the configuration refuses name: factory without one"
     model = load_factory(config.factory, "model.factory")(data.input_shape, data.classes)
     if not isinstance(model, nn.Module):
         raise FactoryError(f"model.factory {config.factory} returned a {type(model).__name__}, not a torch.nn.Module")

@@ -54,7 +54,7 @@ def seed_name(run: str, seed: str) -> str:
     return f"runs/{run}/seeds/{seed}"
 
 
-def state_to_proto(state: SeedState) -> seed_pb2.SeedState:
+def state_to_proto(state: SeedState) -> seed_pb2.SeedState.ValueType:
     """The contract's number of a lifecycle state; they are spelled alike."""
     return seed_pb2.SeedState.Value(f"SEED_STATE_{state.value}")
 

@@ -258,7 +258,7 @@ class TolariaTrainer:
             self._roll_back(unstable)
             return
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
         if own_loss is not None:
             own_loss.backward()
         self.optimizer.step(self.step)

@@ -137,7 +137,8 @@ def load(config: DataConfig, seed: int) -> DataSet:
 
 
 def _split(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Split:
-    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(np.ascontiguousarray(labels)))
+    # A copy: what comes out of a file's bytes is read-only, which torch cannot express.
+    return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()))
 
 
 def _read_digits(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
@@ -156,8 +157,7 @@ def _read_cifar(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
 
 
 def _read_factory(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
-    if config.factory is None:
-        raise FactoryError("data.name is factory: set data.factory to package.module:callable")
+    assert config.factory is not None, "the configuration refuses name: factory without one"
     parts = load_factory(config.factory, "data.factory")(config.data_dir)
     if not isinstance(parts, tuple) or len(parts) != 4:
         raise FactoryError(
