@@ -1,0 +1,1 @@
+"""Generated from proto/esper/tezzeret by .ci/generate.sh; never edited."""
