@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -75,16 +73,11 @@ class ServiceServer:
     async def start(self) -> str:
         """Bind and accept calls; every service is NOT_SERVING until :meth:`ready`. Returns ``host:port``.
 
-        Raises EsperError: PORT_IN_USE, INSECURE_LISTENER (an interface beyond loopback without TLS), BAD_TLS_FILES.
+        The configuration has refused an interface beyond loopback without TLS already. Raises EsperError: PORT_IN_USE,
+        BAD_TLS_FILES.
         """
         host = self._config.host
         credentials = tls.server_credentials(self._config.tls)
-        if credentials is None and not self._config.insecure and not _is_loopback(host):
-            raise EsperError(
-                f"refusing to listen on {host} without TLS: set services.tls.certificate and key, or services.insecure",
-                reason=Reason.INSECURE_LISTENER,
-                metadata={"host": host},
-            )
         reflection.enable_server_reflection([*self._services, HEALTH, reflection.SERVICE_NAME], self._server)
         target = f"{_bracketed(host)}:{self._port}"
         try:
@@ -112,18 +105,6 @@ class ServiceServer:
         self.draining.set()
         self.health.close()
         await self._server.stop(self._config.drain_seconds)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        pass  # a name: what counts is where it leads
-    try:
-        found = socket.getaddrinfo(host, None)
-    except socket.gaierror:
-        return False
-    return all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found)
 
 
 def _bracketed(host: str) -> str:

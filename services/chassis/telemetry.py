@@ -175,7 +175,7 @@ def setup(service: str, config: TelemetryConfig, run_dir: Path | None, run_id: s
     """Set up tracing for this process.
 
     ``traces: file`` without a run folder records nothing but still passes context on. The OTLP exporter is imported
-    only when asked for. Raises ValueError for ``traces: otlp`` without an endpoint.
+    only when asked for.
     """
     attributes: dict[str, AttributeValue] = {"service.name": service, "process.pid": os.getpid()}
     if run_id is not None:
@@ -200,8 +200,7 @@ def setup(service: str, config: TelemetryConfig, run_dir: Path | None, run_id: s
 
 
 def _otlp_exporter(endpoint: str | None) -> SpanExporter:
-    if endpoint is None:
-        raise ValueError("telemetry.traces is otlp: set telemetry.otlp_endpoint to the host:port of a collector")
+    assert endpoint is not None, "the configuration has refused traces: otlp without an endpoint"
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter(endpoint=endpoint, insecure=True)

@@ -19,19 +19,16 @@ from services.chassis.errors import EsperError, Reason
 def server_credentials(config: TlsConfig) -> grpc.ServerCredentials | None:
     """Credentials to listen with, or None without TLS.
 
-    Raises EsperError (BAD_TLS_FILES) for an unreadable file, one half of a pair, or client certificates required
-    without a ``ca``.
+    Raises EsperError (BAD_TLS_FILES) for a file that cannot be used, or client certificates required without TLS.
     """
     pair = _pair(config)
-    if config.require_client_certificate and (pair is None or config.ca is None):
-        raise _bad("services.tls.require_client_certificate needs certificate, key and ca")
     if pair is None:
+        if config.require_client_certificate:  # serving anybody in the clear is not what was asked for
+            raise _bad("services.tls.require_client_certificate needs certificate and key")
         return None
-    return grpc.ssl_server_credentials(
-        [pair],
-        root_certificates=_read("ca", config.ca) if config.require_client_certificate and config.ca else None,
-        require_client_auth=config.require_client_certificate,
-    )
+    if not config.require_client_certificate or config.ca is None:
+        return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([pair], root_certificates=_read("ca", config.ca), require_client_auth=True)
 
 
 def channel_credentials(config: TlsConfig) -> grpc.ChannelCredentials | None:
@@ -43,11 +40,9 @@ def channel_credentials(config: TlsConfig) -> grpc.ChannelCredentials | None:
 
 
 def _pair(config: TlsConfig) -> tuple[bytes, bytes] | None:
-    """(private key, certificate chain) in PEM."""
-    if config.certificate is None and config.key is None:
-        return None
+    """(private key, certificate chain) in PEM; the configuration has both or none."""
     if config.certificate is None or config.key is None:
-        raise _bad("services.tls.certificate and services.tls.key go together: set both or none")
+        return None
     return _read("key", config.key), _read("certificate", config.certificate)
 
 

@@ -14,19 +14,22 @@ from services.chassis.service_main import ServiceContext, run_service
 
 
 class Misbehaving:
-    """Does at its start what it is told: "" nothing, "die", "die mute", "hang", "grandchild", "stubborn"."""
+    """Does at its start what it is told: "" nothing, "die", "bug", "die mute", "hang", "grandchild", "stubborn"."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
 
     async def start(self) -> None:
         run_dir = self._context.run_dir
-        assert run_dir is not None, "the supervisor passes --run-dir"
+        if run_dir is None:  # started by hand
+            return
         behavior = json.loads((run_dir / "behavior.json").read_text()).get(self._context.name, "")
         if behavior.startswith("die"):
             sys.stderr.write("" if behavior == "die mute" else "the reason in a line\n\n")
             sys.stderr.flush()
             sys.exit(9)
+        if behavior == "bug":
+            raise KeyError(behavior)
         if behavior == "hang":
             await asyncio.Event().wait()
         if behavior == "grandchild":

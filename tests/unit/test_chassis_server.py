@@ -23,7 +23,7 @@ from services.chassis.config.schema import ServicesConfig, TelemetryConfig
 from services.chassis.errors import EsperError, Reason
 from services.chassis.interceptors.calls import status_code
 from services.chassis.interceptors.ids import REQUEST_ID, RUN_ID
-from services.chassis.server import ServiceServer, _is_loopback
+from services.chassis.server import ServiceServer
 from tests.support.echo import NAME, EchoServicer, Running, pb, running, stub
 
 
@@ -316,19 +316,8 @@ async def test_a_port_in_use_is_said_and_not_shared() -> None:
         assert str(port) in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("no.such.host.invalid", False)],
-)
-def test_which_hosts_are_loopback(host: str, loopback: bool) -> None:
-    assert _is_loopback(host) is loopback
-
-
-async def test_beyond_loopback_takes_tls_or_a_word(tmp_path: Path) -> None:
+async def test_an_open_interface_is_served_where_it_was_allowed() -> None:
     tracer = telemetry.setup("echo", TelemetryConfig(), None, None)
-    with pytest.raises(EsperError) as caught:
-        await ServiceServer(ServicesConfig(host="0.0.0.0"), tracer).start()
-    assert caught.value.reason is Reason.INSECURE_LISTENER
     server = ServiceServer(ServicesConfig(host="0.0.0.0", insecure=True), tracer)
     await server.start()
     assert server.address.startswith("0.0.0.0:")

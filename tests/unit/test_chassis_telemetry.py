@@ -8,12 +8,22 @@ import io
 import json
 import logging
 import threading
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf import json_format
 from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
@@ -136,11 +146,28 @@ def test_without_a_place_to_write_nothing_is_recorded(tmp_path: Path, traces: An
     assert list(tmp_path.iterdir()) == []
 
 
-def test_otlp_needs_an_endpoint_and_takes_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="otlp_endpoint"):
-        telemetry.setup("urza", TelemetryConfig(traces="otlp"), tmp_path, None)
-    tracer = telemetry.setup("urza", TelemetryConfig(traces="otlp", otlp_endpoint="127.0.0.1:1"), tmp_path, None)
+def test_spans_go_to_a_collector_where_one_is_configured(tmp_path: Path) -> None:
+    received: list[ExportTraceServiceRequest] = []
+
+    class Collector(TraceServiceServicer):
+        def Export(self, request: ExportTraceServiceRequest, context: Any) -> ExportTraceServiceResponse:
+            received.append(request)
+            return ExportTraceServiceResponse()
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(Collector(), server)  # type: ignore[no-untyped-call]  # generated without types
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    config = TelemetryConfig(traces="otlp", otlp_endpoint=f"127.0.0.1:{port}")
+    tracer = telemetry.setup("urza", config, tmp_path, "run-1")
+    tracer.start("far").end()
     tracer.shutdown()
+    server.stop(None).wait()
+    (request,) = received
+    (group,) = request.resource_spans
+    assert group.scope_spans[0].spans[0].name == "far"
+    assert {pair.key: pair.value.string_value for pair in group.resource.attributes}["esper.run_id"] == "run-1"
+    assert list(tmp_path.iterdir()) == []
 
 
 class _Held(SpanExporter):
