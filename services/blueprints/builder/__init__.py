@@ -1,0 +1,1 @@
+"""The half of the blueprint language that needs torch: modules made from specs of the closed vocabulary."""
