@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
-from services.blueprints.spec import Blueprint
+from services.blueprints.spec import Blueprint, Interface
 from services.chassis.config.schema import GrowthConfig
 from services.chassis.telemetry import ROOT, Telemetry, context_from, current_traceparent, link_to
-from services.kasmina.engine import GrowthEngine, Replacement, SeedTransition
+from services.kasmina.engine import GrowthEngine
 from services.kasmina.lifecycle import ALIVE, SeedState
-from services.kasmina.model import Contribution, HealthReport, SeedRecord
+from services.kasmina.model import Contribution, HealthReport, Replacement, SeedRecord, SeedTransition
 from services.tolaria.errors import JournalError
 from services.tolaria.journal import Clock, Entry, Journal
 from services.tolaria.kernel_shelf import KernelShelf
@@ -71,6 +71,8 @@ class _Story:
     decisions: dict[str, str] = field(default_factory=dict)
     #: Blueprints that seeds were made of or decisions offered, as JSON by id.
     blueprints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: Interface each seed was germinated for, as JSON: what its kernel is bound to, whatever grows beside it meanwhile.
+    interfaces: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: W3C traceparent of each origin: the spans of an adaptation are one trace, however long it takes.
     traces: dict[str, str] = field(default_factory=dict)
     #: Ends reported already.
@@ -201,12 +203,14 @@ class AdaptationCoordinator:
             return str(error)
         self._story.next_seed += 1
         self._story.origins[record.seed] = origin
+        self._story.interfaces[record.seed] = self.engine.interface(record.slot).to_json()
         born = SeedTransition(
             seed=record.seed,
             slot=record.slot,
             from_state=SeedState.DORMANT,
             to_state=SeedState.GERMINATED,
             step=clock.step,
+            epoch=epoch,
             command_id=command_id,
             reason=change.reason,
         )
@@ -249,7 +253,7 @@ class AdaptationCoordinator:
         if record.seed not in self._requests:
             target = KernelTarget(
                 blueprint=Blueprint.from_json(self._story.blueprints[record.blueprint]),
-                interface=self.engine.interface(record.slot),
+                interface=Interface.from_json(self._story.interfaces[record.seed]),
                 size=record.size,
                 init_seed=derive(self._seed, "kernel", record.seed),
             )
@@ -276,16 +280,16 @@ class AdaptationCoordinator:
         transitions: list[SeedTransition] = []
         step = entry.clock.step
         for seed, reason in entry.content["failed"].items():
-            transitions += self.engine.cancel(seed, step=step, reason=reason, epoch=epoch)
+            transitions += self.engine.cancel(seed, step=step, reason=reason)
         for seed, digest in entry.content["kernels"].items():
             assert self._shelf is not None, "a kernel comes through the shelf"
             try:
                 kernel = self._shelf.take(digest)
             except KernelUnavailableError as error:
-                transitions += self.engine.cancel(seed, step=step, reason=str(error), epoch=epoch)
+                transitions += self.engine.cancel(seed, step=step, reason=str(error))
             else:
                 with self._span("graft", self._story.origins[seed]):
-                    transitions += self.engine.load(seed, kernel, step=step)
+                    transitions += self.engine.load(seed, kernel, step=step, digest=digest, epoch=epoch)
         for seed in (*entry.content["failed"], *entry.content["kernels"]):
             self._requests.pop(seed, None)
         return self.follow(transitions, epoch)
@@ -304,7 +308,7 @@ class AdaptationCoordinator:
         else:
             try:
                 transitions = self.engine.cull(
-                    command.seed, mode=self._config.evaluation.cull, step=step, reason=command.reason, epoch=epoch
+                    command.seed, mode=self._config.evaluation.cull, step=step, reason=command.reason
                 )
             except ValueError as error:
                 refusal = str(error)
@@ -356,9 +360,7 @@ class AdaptationCoordinator:
         transitions: list[SeedTransition] = []
         for record in self.alive():
             if record.state is SeedState.GERMINATED:
-                transitions += self.engine.cancel(
-                    record.seed, step=step, reason="the run ended before its kernel came", epoch=epoch
-                )
+                transitions += self.engine.cancel(record.seed, step=step, reason="the run ended before its kernel came")
         self.follow(transitions, epoch)
         # Twice, because a doubtful seed is measured once more before it is culled.
         for _ in range(2):
@@ -369,9 +371,7 @@ class AdaptationCoordinator:
             self.follow(transitions, epoch)
         for record in self.alive():
             self.follow(
-                self.engine.cull(
-                    record.seed, mode="remove", step=step, reason="the run ended before it was settled", epoch=epoch
-                ),
+                self.engine.cull(record.seed, mode="remove", step=step, reason="the run ended before it was settled"),
                 epoch,
             )
 

@@ -14,13 +14,14 @@ from services.blueprints import families
 from services.blueprints.spec import Blueprint, Interface
 from services.blueprints.wire import interface_to_proto
 from services.chassis.config.schema import BudgetConfig
-from services.kasmina.engine import GrowthEngine, SeedTransition
+from services.kasmina.engine import GrowthEngine
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import (
     Contribution,
     CostTerm,
     HealthReport,
     SeedRecord,
+    SeedTransition,
     SlotInfo,
     SlotOccupancy,
     SlotStatus,

@@ -7,54 +7,17 @@ rate, their own step count: AdamW's bias correction is per tensor); fused parame
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from services.chassis.config.schema import OptimizerConfig
+from services.kasmina.model import ParameterGroup, Replacement
 from services.tolaria.errors import CheckpointError
 from services.tolaria.schedule import Schedule
 
 _BETAS: Final = (0.9, 0.999)
-
-
-class Group(Protocol):
-    """Parameters that share a birth: ``services.kasmina.engine.ParameterGroup``."""
-
-    @property
-    def name(self) -> str:
-        """``host`` or the id of the seed."""
-        ...
-
-    @property
-    def birth_step(self) -> int:
-        """Step at which the parameters entered the network; 0 for the host's."""
-        ...
-
-    @property
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """In an order that does not change while they live."""
-        ...
-
-    @property
-    def trainable(self) -> bool:
-        """False while the seed is frozen."""
-        ...
-
-
-class Fusion(Protocol):
-    """A parameter made of others: ``services.kasmina.engine.Replacement``."""
-
-    @property
-    def new(self) -> nn.Parameter:
-        """The parameter that is in the network now."""
-        ...
-
-    @property
-    def parts(self) -> Sequence[tuple[nn.Parameter, tuple[slice, ...]]]:
-        """What it was made of, and where each part lies in it."""
-        ...
 
 
 class GrowingOptimizer:
@@ -63,7 +26,7 @@ class GrowingOptimizer:
     def __init__(self, config: OptimizerConfig, schedule: Schedule) -> None:
         self._config = config
         self._schedule = schedule
-        self._groups: list[Group] = []
+        self._groups: list[ParameterGroup] = []
         self._torch = self._build()
         #: Factor on every rate; the governor lowers it after a rollback with no seed to blame.
         self.rate_scale = 1.0
@@ -82,7 +45,7 @@ class GrowingOptimizer:
             weight_decay=config.weight_decay,
         )
 
-    def sync(self, groups: Sequence[Group], replaced: Iterable[Fusion] = ()) -> None:
+    def sync(self, groups: Sequence[ParameterGroup], replaced: Iterable[Replacement] = ()) -> None:
         """Take ``groups`` for the network's parameters from now on; ``replaced`` hand their parts' state over first."""
         for fusion in replaced:
             self._carry_over(fusion)
@@ -141,7 +104,7 @@ class GrowingOptimizer:
                 )
             self._torch.state[parameters[owner]][name] = value.clone()
 
-    def _carry_over(self, fusion: Fusion) -> None:
+    def _carry_over(self, fusion: Replacement) -> None:
         """Assemble the state of ``fusion.new`` from that of its parts.
 
         AdamW divides by a bias correction that depends on the step count; where the parts' counts differ, moments are

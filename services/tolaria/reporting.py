@@ -17,8 +17,8 @@ from typing import Any
 from esper.events.v1 import events_pb2
 from esper.kasmina.v1 import kasmina_service_pb2, seed_pb2
 from esper.tolaria.v1 import run_pb2
-from services.kasmina.engine import GrowthEngine, SeedTransition
-from services.kasmina.model import Contribution, HealthReport, SeedRecord
+from services.kasmina.engine import GrowthEngine
+from services.kasmina.model import Contribution, HealthReport, SeedRecord, SeedTransition
 from services.tolaria import observation
 from services.tolaria.journal import Clock
 from services.tolaria.ports import CommandResult, Decision, Mesh, NoDecision

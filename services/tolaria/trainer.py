@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from esper.tolaria.v1 import run_pb2
 from services.chassis.config.schema import EsperConfig
 from services.chassis.telemetry import ROOT, Telemetry, current_traceparent, link_to
-from services.kasmina.engine import GrowthEngine, Replacement
+from services.kasmina.engine import GrowthEngine
 from services.kasmina.lifecycle import SeedState
-from services.kasmina.model import Contribution, HealthReport
+from services.kasmina.model import Contribution, HealthReport, Replacement
 from services.tolaria import checkpoint
 from services.tolaria.accounting import Account, CpuClock
 from services.tolaria.adaptation import AdaptationCoordinator
@@ -575,7 +575,7 @@ class TolariaTrainer:
         self.governor.rollbacks += 1
         blamed = [record.seed for record in self.coordinator.alive() if record.state in _ROLLBACK_STATES]
         if blamed:
-            transitions = self.engine.roll_back(blamed, step=self.step, reason=unstable.reason, epoch=self.epoch)
+            transitions = self.engine.roll_back(blamed, step=self.step, reason=unstable.reason)
             self.coordinator.follow(transitions, self.epoch)
         else:
             self.optimizer.rate_scale *= self.config.governor.rate_scale

@@ -9,7 +9,6 @@ import math
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from services.chassis.config.schema import GovernorConfig, OptimizerConfig
+from services.kasmina.model import ParameterGroup, Replacement
 from services.tolaria import checkpoint, progress
 from services.tolaria.accounting import Account, CpuClock
 from services.tolaria.checkpoint import CheckpointStore, State
@@ -56,18 +56,8 @@ def test_a_schedule_that_is_all_warm_up_ends() -> None:
 # ---- optimizer ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    name: str
-    parameters: Sequence[nn.Parameter]
-    birth_step: int = 0
-    trainable: bool = True
-
-
-@dataclass(frozen=True)
-class Fusion:
-    new: nn.Parameter
-    parts: Sequence[tuple[nn.Parameter, tuple[slice, ...]]]
+def group_of(name: str, *parameters: nn.Parameter, birth_step: int = 0, trainable: bool = True) -> ParameterGroup:
+    return ParameterGroup(name, birth_step, parameters, trainable)
 
 
 def optimizer_of(name: str, total: int = 100, **config: object) -> GrowingOptimizer:
@@ -88,7 +78,7 @@ def give_gradients(parameters: Sequence[nn.Parameter], seed: int) -> None:
 def test_optimizer_equals_torchs_bit_for_bit(name: str) -> None:
     ours, theirs = [parameter(3, 2), parameter(4)], [parameter(3, 2), parameter(4)]
     optimizer = optimizer_of(name, warmup_ratio=0.0)
-    optimizer.sync([Group("host", ours)])
+    optimizer.sync([group_of("host", *ours)])
     reference: torch.optim.Optimizer = (
         torch.optim.AdamW(theirs, lr=0.1, weight_decay=5e-4)
         if name == "adamw"
@@ -106,12 +96,12 @@ def test_optimizer_equals_torchs_bit_for_bit(name: str) -> None:
 def test_survivors_keep_their_state_and_newborns_have_their_own_rate() -> None:
     host, newborn = parameter(3), parameter(2, seed=1)
     optimizer = optimizer_of("adamw", warmup_ratio=0.0, newborn_warmup_steps=2)
-    optimizer.sync([Group("host", [host])])
+    optimizer.sync([group_of("host", host)])
     for step in range(3):
         give_gradients([host], step)
         optimizer.step(step)
     before = {name: value.clone() for name, value in optimizer.state().items()}
-    optimizer.sync([Group("host", [host]), Group("seed-1", [newborn], birth_step=3)])
+    optimizer.sync([group_of("host", host), group_of("seed-1", newborn, birth_step=3)])
     assert all(torch.equal(value, before[name]) for name, value in optimizer.state().items())
     assert optimizer.rate(3, 3) == pytest.approx(optimizer.rate(3) / 2)
     give_gradients([host, newborn], 3)
@@ -119,7 +109,7 @@ def test_survivors_keep_their_state_and_newborns_have_their_own_rate() -> None:
     state = optimizer.state()
     assert float(state["host/0/step"]) == 4
     assert float(state["seed-1/0/step"]) == 1
-    optimizer.sync([Group("host", [host])])
+    optimizer.sync([group_of("host", host)])
     assert not any(name.startswith("seed-1") for name in optimizer.state())
 
 
@@ -127,7 +117,7 @@ def test_frozen_groups_do_not_move_and_the_norm_is_clipped_per_group() -> None:
     host, frozen = parameter(3), parameter(3, seed=1)
     before = frozen.detach().clone()
     optimizer = optimizer_of("sgd", clip_norm=0.5, momentum=0.0, weight_decay=0.0, warmup_ratio=0.0)
-    optimizer.sync([Group("host", [host]), Group("seed-1", [frozen], trainable=False)])
+    optimizer.sync([group_of("host", host), group_of("seed-1", frozen, trainable=False)])
     host.grad, frozen.grad = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([100.0, 0.0, 0.0])
     start = host.detach().clone()
     optimizer.step(0)
@@ -140,7 +130,7 @@ def test_frozen_groups_do_not_move_and_the_norm_is_clipped_per_group() -> None:
 def test_fused_parameters_inherit_state() -> None:
     old, new = parameter(2, 2), parameter(1, 2, seed=1)
     optimizer = optimizer_of("sgd")
-    optimizer.sync([Group("host", [old]), Group("seed-1", [new])])
+    optimizer.sync([group_of("host", old), group_of("seed-1", new)])
     give_gradients([old, new], 0)
     optimizer.step(0)
     momenta = [
@@ -149,30 +139,30 @@ def test_fused_parameters_inherit_state() -> None:
     ]
     fused = nn.Parameter(torch.cat([old, new]).detach())
     parts = ((old, (slice(0, 2), slice(None))), (new, (slice(2, 3), slice(None))))
-    optimizer.sync([Group("host", [fused])], [Fusion(fused, parts)])
+    optimizer.sync([group_of("host", fused)], [Replacement(fused, parts)])
     assert torch.equal(optimizer.state()["host/0/momentum_buffer"], torch.cat(momenta))
 
 
 def test_fusing_adamw_keeps_each_parts_corrected_moments() -> None:
     old, new = parameter(2), parameter(1, seed=1)
     optimizer = optimizer_of("adamw")
-    optimizer.sync([Group("host", [old])])
+    optimizer.sync([group_of("host", old)])
     for step in range(6):
         if step == 4:
-            optimizer.sync([Group("host", [old]), Group("seed-1", [new], birth_step=4)])
+            optimizer.sync([group_of("host", old), group_of("seed-1", new, birth_step=4)])
         give_gradients([old, new], step)
         optimizer.step(step)
     state = optimizer.state()
 
     def corrected(moments: torch.Tensor, beta: float, step: float) -> torch.Tensor:
-        return moments / (1 - beta**step)
+        return moments.div(1 - beta**step)
 
     expected = {
         name: torch.cat([corrected(state[f"host/0/{name}"], beta, 6), corrected(state[f"seed-1/0/{name}"], beta, 2)])
         for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999))
     }
     fused = nn.Parameter(torch.cat([old, new]).detach())
-    optimizer.sync([Group("host", [fused])], [Fusion(fused, ((old, (slice(0, 2),)), (new, (slice(2, 3),))))])
+    optimizer.sync([group_of("host", fused)], [Replacement(fused, ((old, (slice(0, 2),)), (new, (slice(2, 3),))))])
     state = optimizer.state()
     assert float(state["host/0/step"]) == 6
     for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
@@ -182,8 +172,8 @@ def test_fusing_adamw_keeps_each_parts_corrected_moments() -> None:
 def test_fusing_what_was_never_stepped_leaves_no_state() -> None:
     old, fused = parameter(2), parameter(2)
     optimizer = optimizer_of("sgd")
-    optimizer.sync([Group("host", [old])])
-    optimizer.sync([Group("host", [fused])], [Fusion(fused, ((old, (slice(0, 2),)),))])
+    optimizer.sync([group_of("host", old)])
+    optimizer.sync([group_of("host", fused)], [Replacement(fused, ((old, (slice(0, 2),)),))])
     assert optimizer.state() == {}
 
 
@@ -191,13 +181,13 @@ def test_fusing_what_was_never_stepped_leaves_no_state() -> None:
 def test_optimizer_state_comes_back(name: str) -> None:
     one = [parameter(3), parameter(2, seed=1)]
     optimizer = optimizer_of(name)
-    groups = [Group("host", [one[0]]), Group("seed-1", [one[1]], birth_step=2)]
+    groups = [group_of("host", one[0]), group_of("seed-1", one[1], birth_step=2)]
     optimizer.sync(groups)
     give_gradients(one, 0)
     optimizer.step(2)
     two = [nn.Parameter(item.detach().clone()) for item in one]
     other = optimizer_of(name)
-    other.sync([Group("host", [two[0]]), Group("seed-1", [two[1]], birth_step=2)])
+    other.sync([group_of("host", two[0]), group_of("seed-1", two[1], birth_step=2)])
     other.load_state(optimizer.state())
     for items, which in ((one, optimizer), (two, other)):
         give_gradients(items, 1)
