@@ -99,10 +99,8 @@ def test_truncated_and_tampered_bytes_are_a_typed_error(kernel: SignedKernel, ke
         broken = kernel.data[:position] + other + kernel.data[position + 1 :]
     with pytest.raises(DigestMismatchError):
         artifact.open_verified(broken, kernel.digest, kernel.signature, signature.load_public_key(keys))
-    try:
+    with contextlib.suppress(MalformedKernelError):
         artifact.unpack(broken)  # what a thief of the key could sign
-    except MalformedKernelError:
-        pass
 
 
 @settings(max_examples=300, deadline=None)
