@@ -1,12 +1,13 @@
-"""Interfaces to and from the contract's ``esper.common.v1.Interface``."""
+"""Interfaces, digests and blueprints to and from the contracts' messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from esper.common.v1 import common_pb2
+from esper.urza.v1 import blueprint_pb2
 from services.blueprints.digest import JsonValue
-from services.blueprints.spec import Interface, LayerInterface, SlotKind, SpecError
+from services.blueprints.spec import Blueprint, Interface, LayerInterface, SlotKind, SpecError
 
 _KINDS = {SlotKind.WIDTH: common_pb2.SLOT_KIND_WIDTH, SlotKind.SPAN: common_pb2.SLOT_KIND_SPAN}
 _FROM_WIRE = {number: kind for kind, number in _KINDS.items()}
@@ -86,3 +87,21 @@ def _layers_to_json(layers: Iterable[common_pb2.LayerInterface]) -> list[JsonVal
         }
         for layer in layers
     ]
+
+
+def blueprint_from_spec(spec: blueprint_pb2.BlueprintSpec, where: str = "spec") -> Blueprint:
+    """The blueprint of a complete spec, as Urza answers with.
+
+    Raises:
+        SpecError: A field is missing or out of range; names it as the contract does.
+    """
+    parameters: dict[str, JsonValue] = {}
+    for name, value in spec.parameters.items():
+        kind = value.WhichOneof("kind")
+        if kind is None:
+            raise SpecError(f"{where}.parameters.{name}", "is required")
+        parameters[name] = getattr(value, kind)
+    scale = spec.initialization.scale if spec.initialization.HasField("scale") else 1.0
+    initialization: JsonValue = {"rule": spec.initialization.rule, "scale": scale}
+    content: JsonValue = {"family": spec.family, "parameters": parameters, "initialization": initialization}
+    return Blueprint.from_json(content, where)

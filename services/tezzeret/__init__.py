@@ -1,0 +1,1 @@
+"""Tezzeret: turns blueprints into kernels, in sandboxed workers, without ever pausing a training step."""
