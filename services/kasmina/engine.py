@@ -39,6 +39,7 @@ from services.kasmina.graph import analyze
 from services.kasmina.lifecycle import (
     ALIVE,
     FAMILY_PATHS,
+    TRANSITIONS,
     IllegalTransitionError,
     SeedState,
     check_transition,
@@ -669,11 +670,22 @@ class GrowthEngine:
         text = repr([(slot.name, slot.width, slot.writers, slot.readers) for slot in self._analysis.slots.values()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(
+        self, state: Mapping[str, Any], *, keep_gone: Iterable[str] = (), reason: str = "the run was rolled back"
+    ) -> list[SeedTransition]:
         """Give the network the topology of a saved state; load the model's state dict afterwards.
 
         Works on a fresh host and on one that has grown otherwise since. Parameters whose shape stays keep their
         identity.
+
+        Args:
+            state: What :meth:`state` returned.
+            keep_gone: Seeds of the present that the state does not know and that are blamed for the rollback: their
+                records are kept as rolled back, with their slots locked and their blueprints quarantined.
+            reason: Why they are.
+
+        Returns:
+            The transitions of the seeds in ``keep_gone``.
 
         Raises:
             TopologyError: The state is of another version or another host; the network is as it was.
@@ -695,14 +707,26 @@ class GrowthEngine:
             step, epoch = int(state["step"]), int(state["epoch"])
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyError(f"the topology is damaged: {error!r}") from error
+        gone = [self.seed(seed) for seed in keep_gone if seed not in records]
+        now, this_epoch = self._step, self._epoch
         self._records, self._plans = records, plans
-        self._penalties, self._quarantined = penalties, quarantined
+        self._penalties, self._quarantined = penalties, quarantined | self._quarantined
         self._commands = {record.command_id: record.seed for record in records.values()}
         self._measured = set()
         self._step, self._epoch = step, epoch
         self._network.reset(fused)
         for record in grafts:
             self._graft_again(record)
+        done: list[SeedTransition] = []
+        self._epoch = this_epoch if gone else epoch
+        for record in gone:
+            self._records[record.seed] = record
+            self._commands[record.command_id] = record.seed
+            state_after = SeedState.CANCELLED if record.state is SeedState.GERMINATED else SeedState.ROLLED_BACK
+            if state_after in TRANSITIONS[record.state]:
+                done.append(self._leave(record.seed, state_after, now, reason))
+        self._epoch = epoch
+        return done
 
     def _graft_again(self, record: SeedRecord) -> None:
         plan = self._plans.get(record.seed)

@@ -459,6 +459,8 @@ class _Propagation(fx.Interpreter):
                 return self._reduce(node, labels, result)
             if name in _RESHAPES:
                 return self._reshape(node, self._shape(source), labels, result, name)
+            if name == "getitem":
+                return self._index(node, labels, result)
             if name in {"permute", "transpose"}:
                 return self._permute(node, labels, name)
         if name in {"conv2d", "linear"} and isinstance(node.args[1], fx.Node):
@@ -530,12 +532,36 @@ class _Propagation(fx.Interpreter):
             if not labelled:
                 continue
             axis = labels[labelled[0]]
-            if axis is None or labelled != [sources[0]] or len(targets) != 1:
+            wide = [d for d in sources if shape[d] != 1]
+            into = [d for d in targets if result.shape[d] != 1]
+            if axis is None or labelled != wide[:1] or len(into) != 1:
                 self.channels.pin([labels[d] for d in labelled], f"{name} splits or mixes it")
                 continue
-            rest = math.prod(shape[d] for d in sources[1:])
-            out[targets[0]] = Axis(axis.variable, axis.factor * rest)
+            rest = math.prod(shape[d] for d in wide[1:])
+            out[into[0]] = Axis(axis.variable, axis.factor * rest)
         return tuple(out)
+
+    def _index(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
+        """Labels behind ``x[:, :, None]`` and the like: whole dimensions stay, new ones come in between."""
+        given = node.args[1]
+        index = given if isinstance(given, tuple) else (given,)
+        left = list(labels)
+        out: list[Axis | None] = []
+        for item in index:
+            if item is None:
+                out.append(None)
+            elif isinstance(item, slice) and left:
+                axis = left.pop(0)
+                if item != slice(None):
+                    self.channels.pin((axis,), "getitem takes a part of it")
+                    axis = None
+                out.append(axis)
+            elif isinstance(item, int) and left:
+                self.channels.pin((left.pop(0),), "getitem takes a part of it")
+            else:
+                self.channels.pin(labels, "getitem takes a part of it")
+                return self._blank(result)
+        return (*out, *left)
 
     def _permute(self, node: fx.Node, labels: Labels, name: str) -> Labels:
         given = node.args[1:]

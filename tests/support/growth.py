@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -142,7 +143,8 @@ class EncoderBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         normed = self.norm1(tokens)
         tokens = tokens + self.attention(normed, normed, normed, need_weights=False)[0]
-        return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+        out: Tensor = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+        return out
 
 
 class VisionTransformer(nn.Module):
@@ -274,13 +276,48 @@ class Loop:
             self.optimizer.zero_grad()
             loss = F.cross_entropy(self.model(batch), targets)
             own = None if self.engine is None else self.engine.auxiliary_loss(targets)
-            (loss if own is None else loss + own).backward()
+            torch.autograd.backward(loss if own is None else loss + own)
             self.optimizer.step()
             if self.engine is not None:
                 moved = self.engine.tick(self.step)
                 self.sync(moved)
                 done += moved
         return done
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: topology as JSON text, weights, optimizer state by group and position."""
+
+    topology: str
+    weights: dict[str, Tensor]
+    momentum: list[list[Tensor | None]]
+    step: int
+
+
+def save(loop: Loop) -> Saved:
+    """A checkpoint of a loop."""
+    assert loop.engine is not None
+    momentum = [
+        [copy.deepcopy(loop.optimizer.state.get(parameter, {}).get("momentum_buffer")) for parameter in group["params"]]
+        for group in loop.optimizer.param_groups
+    ]
+    return Saved(json.dumps(loop.engine.state()), snapshot(loop.model), momentum, loop.step)
+
+
+def resume(saved: Saved, loop: Loop) -> Loop:
+    """Bring a loop with an engine (fresh, or one that has grown otherwise) to a checkpoint."""
+    assert loop.engine is not None
+    loop.engine.restore(json.loads(saved.topology))
+    loop.model.load_state_dict(saved.weights)
+    loop.sync(())
+    loop.optimizer.state.clear()
+    for group, buffers in zip(loop.optimizer.param_groups, saved.momentum, strict=True):
+        for parameter, buffer in zip(group["params"], buffers, strict=True):
+            if buffer is not None:
+                loop.optimizer.state[parameter]["momentum_buffer"] = buffer.clone()
+    loop.step = saved.step
+    return loop
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,346 @@
+"""Which channels change together, which cannot grow and why, and what all of it costs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.kasmina.graph import Analysis, analyze
+from tests.support.growth import (
+    Block,
+    DepthwiseNet,
+    Perceptron,
+    PlainNet,
+    ResidualNet,
+    VisionTransformer,
+    equal,
+    fresh,
+    images,
+    snapshot,
+)
+
+
+def look(model: nn.Module, example: Tensor | None = None) -> Analysis:
+    return analyze(model, images(3) if example is None else example)
+
+
+class Forward(nn.Module):
+    """conv1 -> something -> conv2 -> mean -> head; the something is given."""
+
+    def __init__(self, between: object) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+        self.between = between if isinstance(between, nn.Module) else None
+        self.function = between
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = self.conv1(values)
+        values = self.between(values) if self.between is not None else self.function(values)  # type: ignore[operator]  # a test's own function
+        out: Tensor = self.head(self.conv2(values).mean((2, 3)))
+        return out
+
+
+class Flattened(nn.Module):
+    """conv -> reshape -> linear -> linear; the reshape is given."""
+
+    def __init__(self, reshape: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.fc = nn.Linear(256, 6)
+        self.head = nn.Linear(6, 5)
+        self.reshape = reshape
+
+    def forward(self, values: Tensor) -> Tensor:
+        out: Tensor = self.head(self.fc(self.reshape(self.conv(values))))  # type: ignore[operator]  # a test's own function
+        return out
+
+
+def test_a_residual_stream_is_one_slot_with_all_that_write_follow_and_read_it() -> None:
+    found = look(ResidualNet())
+    stream = found.slots["stem"]
+    assert stream.writers == ("stem", "stage1.0.conv2", "stage1.1.conv2")
+    assert stream.followers == ("bn", "stage1.0.bn2", "stage1.1.bn2")
+    assert stream.readers == ("stage1.0.conv1", "stage1.1.conv1", "stage2.conv1", "stage2.short")
+    assert found.slots["stage2.conv2"].writers == ("stage2.conv2", "stage2.short")
+    assert found.sites["head"].factor == 4
+    assert found.refused == {"head": "its channels are the model's output"}
+
+
+def test_a_depthwise_layer_belongs_with_its_expansion_and_projection() -> None:
+    found = look(DepthwiseNet())
+    assert found.slots["expand"].followers == ("bn1", "depthwise", "bn2")
+    assert found.slots["expand"].readers == ("project",)
+    assert found.sites["depthwise"].operation == "depthwise_conv2d"
+
+
+def test_a_transformer_grows_in_its_perceptrons_and_its_stream_is_refused() -> None:
+    found = look(VisionTransformer())
+    assert list(found.slots) == ["blocks.0.fc1", "blocks.1.fc1"]
+    assert set(found.refused) == {"patch", "head"}
+
+
+@pytest.mark.parametrize("host", [PlainNet, ResidualNet, DepthwiseNet, Perceptron, VisionTransformer])
+def test_costs_add_up_to_the_parameters_and_the_host_is_left_as_it_was(host: type[nn.Module]) -> None:
+    model = fresh(host)
+    model.train()
+    next(iter(model.children())).eval()
+    before, flags = snapshot(model), [module.training for module in model.modules()]
+    stream = torch.get_rng_state()
+    found = look(model)
+    assert equal(before, snapshot(model))
+    assert flags == [module.training for module in model.modules()]
+    assert torch.equal(stream, torch.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    total = sum(cost.parameters * math.prod(found.slots[s].width for s in cost.slots) for cost in found.costs)
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flops_are_two_per_multiply_add_and_two_per_normalized_element() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 5))
+    found = look(model)
+    total = sum(cost.flops * math.prod(found.slots[s].width for s in cost.slots) for cost in found.costs)
+    assert total == 2 * 64 * 9 * 4 + 2 * 4 * 64 + 2 * 256 * 5
+
+
+def test_products_that_are_no_layers_are_billed_too() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filters = nn.Parameter(torch.randn(3, 1, 2, 2))
+            self.matrix = nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, values: Tensor) -> Tensor:
+            maps = F.conv2d(values, self.filters, stride=2).flatten(2)
+            mixed = torch.matmul(maps, maps.transpose(1, 2))
+            attended = F.scaled_dot_product_attention(mixed, mixed, mixed)
+            return F.linear(attended.mean(1), self.matrix)
+
+    found = look(Products())
+    products = 2 * 3 * 16 * 4 + 2 * 3 * 3 * 16 + 4 * 9 * 3 + 2 * 15
+    assert sum(cost.flops for cost in found.costs) == products
+    assert found.slots == {}
+
+
+PASSES = [
+    nn.ReLU(),
+    nn.Dropout(0.5),
+    nn.MaxPool2d(2),
+    nn.BatchNorm2d(4),
+    F.gelu,
+    lambda x: F.max_pool2d(x, 2),
+    lambda x: x + 1.0,
+    lambda x: (2.0 * x).contiguous(),
+    lambda x: x * torch.sigmoid(x),
+    lambda x: x * x.mean((2, 3), keepdim=True),
+    lambda x: x - x.amax(dim=(2, 3), keepdim=True),
+    lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+    lambda x: x.transpose(1, 2).transpose(1, 2),
+    lambda x: x.flatten(2).unsqueeze(-1),
+    lambda x: x * x.mean((2, 3))[:, :, None, None],
+    lambda x: x.unsqueeze(1).squeeze(1),
+    lambda x: x.view(x.size(0), x.size(1), -1, 8),
+    lambda x: x.reshape(x.shape[0], x.shape[1], 8, 8),
+]
+
+
+@pytest.mark.parametrize("between", PASSES)
+def test_what_treats_channels_one_by_one_lets_them_grow(between: object) -> None:
+    found = look(Forward(between))
+    assert "conv1" in found.slots, found.refused
+    assert found.slots["conv1"].readers == ("conv2",)
+
+
+REFUSED = [
+    (nn.GroupNorm(2, 4), "GroupNorm takes its statistics over several channels"),
+    (nn.LayerNorm([4, 8, 8]), "LayerNorm"),
+    (nn.Softmax(1), "Softmax is not known"),
+    (nn.Conv2d(4, 4, 1, groups=2), "grouped convolution"),
+    (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding mode 'circular'"),
+    (nn.BatchNorm2d(4, affine=False), "normalization without gain"),
+    (lambda x: torch.cat([x[:, :2], x[:, 2:]], 1), "getitem"),
+    (lambda x: x.softmax(1), "softmax"),
+    (lambda x: x[..., :4], "getitem"),
+    (lambda x: x + x[:, 0][:, None], "getitem"),
+    (lambda x: x.view(x.size(0), 4, 8, 8), "fixed size"),
+    (lambda x: x.reshape((-1, 4, 8, 8)), "fixed size"),
+    (lambda x: x / math.sqrt(x.shape[1]), "computes with its width"),
+    (lambda x: x / x.size(1), "computes with its width"),
+    (lambda x: x.mean(1, keepdim=True).expand(-1, 4, -1, -1), "reduces over it"),
+    (lambda x: x * x.sum(), "reduces over it"),
+    (lambda x: x + torch.ones(4, 1, 1), "combines it with channels that cannot grow"),
+    (lambda x: F.max_pool2d(x.transpose(1, 3), 1).transpose(1, 3), "pools over it"),
+    (lambda x: x.view(x.size(0), 2, 2, 8, 8).flatten(1, 2), "splits or mixes it"),
+    (lambda x: torch.stack(x.chunk(2, 1), 1).flatten(1, 2), "chunk"),
+]
+
+
+@pytest.mark.parametrize(("between", "reason"), REFUSED)
+def test_what_mixes_or_fixes_channels_is_refused_alone_with_its_reason(between: object, reason: str) -> None:
+    found = look(Forward(between))
+    assert reason in found.refused["conv1"]
+    assert "conv2" in found.slots
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [nn.Flatten(), lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1), lambda x: x.reshape(len(x), -1)],
+)
+def test_a_linear_layer_behind_a_flatten_reads_each_channel_at_all_its_positions(reshape: object) -> None:
+    try:
+        found = look(Flattened(reshape))
+    except TypeError:
+        pytest.fail("analysis raised")
+    if "conv" in found.slots:
+        assert found.sites["fc"].factor == 64
+    else:
+        assert "cannot be traced" in found.refused[""]
+
+
+@pytest.mark.parametrize(
+    ("reshape", "reason"),
+    [
+        (lambda x: x.view(-1, 256), "fixed size"),
+        (lambda x: x.permute(0, 2, 3, 1).flatten(1), "splits or mixes it"),
+        (
+            lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1).unsqueeze(1).squeeze(1) + x.sum((1, 2, 3))[:, None],
+            "reduces",
+        ),
+    ],
+)
+def test_other_orders_behind_a_flatten_are_refused(reshape: object, reason: str) -> None:
+    assert reason in look(Flattened(reshape)).refused["conv"]
+
+
+def test_batch_normalization_and_convolution_behind_a_flatten_are_refused() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+            self.norm = nn.BatchNorm1d(128)
+            self.again = nn.Conv2d(128, 3, 1)
+            self.head = nn.Linear(3, 5)
+
+        def forward(self, values: Tensor) -> Tensor:
+            flat = self.norm(self.conv(values).flatten(1))
+            out: Tensor = self.head(self.again(flat[:, :, None, None]).flatten(1))
+            return out
+
+    assert "normalizes it after a flatten" in look(Behind()).refused["conv"]
+
+    class Again(Behind):
+        def forward(self, values: Tensor) -> Tensor:
+            flat = self.conv(values).flatten(1).unsqueeze(-1).unsqueeze(-1)
+            out: Tensor = self.head(self.again(flat).flatten(1))
+            return out
+
+    assert "reads it after a flatten" in look(Again()).refused["conv"]
+
+
+def test_a_module_used_twice_or_sharing_weights_or_with_hooks_is_refused() -> None:
+    twice = nn.Conv2d(4, 4, 1)
+
+    class Twice(Forward):
+        def forward(self, values: Tensor) -> Tensor:
+            values = self.conv1(values)
+            out: Tensor = self.head(self.conv2(twice_of(self)(F.relu(twice_of(self)(values)))).mean((2, 3)))
+            return out
+
+    def twice_of(model: nn.Module) -> nn.Module:
+        return model.get_submodule("between")
+
+    assert "used at several places" in look(Twice(twice)).refused["conv1"]
+
+    tied = Forward(nn.Conv2d(4, 4, 1))
+    extra = nn.Conv2d(4, 4, 1)
+    extra.weight = tied.get_submodule("between").weight  # type: ignore[assignment]  # tied on purpose
+    tied.between = nn.Sequential(tied.between, nn.ReLU(), extra)  # type: ignore[arg-type]  # a module, as made above
+    assert "shares its weights" in look(tied).refused["conv1"]
+
+    hooked = Forward(nn.ReLU())
+    hooked.conv1.register_forward_hook(lambda *_: None)
+    assert "forward hooks" in look(hooked).refused["conv1"]
+
+
+def test_weights_that_the_code_reads_itself_are_refused() -> None:
+    class Reads(Forward):
+        def forward(self, values: Tensor) -> Tensor:
+            out: Tensor = super().forward(values)
+            return out + self.conv2.weight.sum()
+
+    found = look(Reads(nn.ReLU()))
+    assert "reads the weights of conv2" in found.refused["conv1"]
+
+
+def test_what_nothing_reads_is_refused() -> None:
+    class Dead(Forward):
+        def forward(self, values: Tensor) -> Tensor:
+            self.conv2(F.relu(self.conv1(values)))
+            out: Tensor = self.head(values.mean((2, 3)).expand(-1, 6))
+            return out
+
+    assert look(Dead(nn.ReLU())).refused["conv2"] == "nothing that can be widened reads its channels"
+
+
+def test_sums_of_different_layouts_are_refused() -> None:
+    class Layouts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+            self.other = nn.Linear(64, 128)
+            self.head = nn.Linear(128, 5)
+
+        def forward(self, values: Tensor) -> Tensor:
+            out: Tensor = self.head(self.conv(values).flatten(1) + self.other(values.flatten(1)))
+            return out
+
+    assert "different layouts" in look(Layouts()).refused["conv"]
+
+
+class Branching(nn.Module):
+    """Cannot be traced: its path depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        out: Tensor = self.conv(values)
+        return out if out.sum() > 0 else -out
+
+
+def test_an_untraceable_module_is_refused_alone_and_can_still_be_bridged() -> None:
+    found = look(Forward(Branching()))
+    assert "cannot be traced" in found.refused["between"]
+    assert "cannot be traced" in found.refused["conv1"]
+    assert "conv2" in found.slots
+    assert "span:between" in found.spans
+
+
+def test_an_untraceable_network_has_no_widths_but_keeps_its_spans_and_costs() -> None:
+    class Whole(Forward):
+        def forward(self, values: Tensor) -> Tensor:
+            if values.sum() > 1e9:
+                return values
+            return super().forward(values)
+
+    found = look(Whole(Block(4, 4)))
+    assert found.slots == {}
+    assert "cannot be traced" in found.refused[""]
+    assert list(found.spans) == ["span:between"]
+    total = sum(cost.parameters for cost in found.costs)
+    assert total == sum(parameter.numel() for parameter in Whole(Block(4, 4)).parameters())
+
+
+def test_spans_are_modules_that_hold_layers_and_map_one_tensor_to_one() -> None:
+    assert list(look(ResidualNet()).spans)[-3:] == ["span:stage1.0", "span:stage1.1", "span:stage2"]
+    spans = look(PlainNet()).spans
+    assert list(spans) == ["span:groups.0", "span:groups.1"]
+    assert spans["span:groups.0"].input_shape == (1, 8, 8)
+    assert spans["span:groups.0"].output_shape == (4, 4, 4)
+    assert list(look(VisionTransformer()).spans) == ["span:blocks.0", "span:blocks.1"]
