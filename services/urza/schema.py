@@ -10,12 +10,23 @@ from sqlalchemy import (
     Index,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     Text,
 )
 
 METADATA = MetaData()
+
+HEAD = "0001"
+"""Number of the newest migration, whose tables these are."""
+
+VERSION = Table(
+    "alembic_version",
+    MetaData(),  # alembic's own table, not one of the library's
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
 
 BLUEPRINTS = Table(
     "blueprints",

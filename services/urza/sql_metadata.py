@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine, RowMapping, make_url
 
@@ -29,7 +27,16 @@ from services.urza.records import (
     OutcomeCounts,
     OutcomeResult,
 )
-from services.urza.schema import BLUEPRINT_TAGS, BLUEPRINTS, KERNEL_OUTCOMES, KERNEL_TAGS, KERNELS
+from services.urza.schema import (
+    BLUEPRINT_TAGS,
+    BLUEPRINTS,
+    HEAD,
+    KERNEL_OUTCOMES,
+    KERNEL_TAGS,
+    KERNELS,
+    METADATA,
+    VERSION,
+)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WAIT_SECONDS = 10.0
@@ -216,13 +223,17 @@ class SqlMetadata:
         self._engine.dispose()
 
     def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         with self._writing() as connection:
             if not self._sqlite:  # one replica migrates, the others wait and find it done
                 connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            if not sql.inspect(connection).has_table(VERSION.name):
+                # A new database gets the newest tables at once: the steps are for old ones, and alembic takes half a
+                # second to import.
+                METADATA.create_all(connection)
+                VERSION.create(connection)
+                connection.execute(sql.insert(VERSION).values(version_num=HEAD))
+            elif connection.execute(sql.select(VERSION.c.version_num)).scalar() != HEAD:
+                _upgrade(connection)
 
     def _add(self, table: sql.Table, tags: sql.Table, values: dict[str, Any], words: Sequence[str]) -> bool:
         """Insert a row and its tags; False if its id is there."""
@@ -253,6 +264,22 @@ class SqlMetadata:
     def _writing(self) -> Iterator[Connection]:
         with _translated(), self._writer.begin() as connection:
             yield connection
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise EsperError(
+            f"the library's database is of another version, a newer one perhaps: {error}", reason=Reason.STORAGE_FAILED
+        ) from error
 
 
 @contextlib.contextmanager

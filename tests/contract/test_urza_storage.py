@@ -9,6 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect
 
 from services.blueprints.artifact import Characterization
 from services.blueprints.spec import Blueprint, InitRecipe
@@ -25,7 +29,8 @@ from services.urza.records import (
     Outcome,
     OutcomeResult,
 )
-from services.urza.sql_metadata import SqlMetadata
+from services.urza.schema import HEAD, METADATA, VERSION
+from services.urza.sql_metadata import _MIGRATIONS, SqlMetadata
 from tests.infrastructure.kernels import WIDTH
 
 _TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -348,19 +353,47 @@ def test_several_may_open_an_empty_database_at_once(url: str) -> None:
         store.close()
 
 
+def _before_the_first_migration(url: str, *versions: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        VERSION.create(connection)
+        for version in versions:
+            connection.execute(VERSION.insert().values(version_num=version))
+    engine.dispose()
+
+
 def test_the_migrated_schema_is_the_one_of_the_code(url: str) -> None:
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-    from sqlalchemy import create_engine
+    _before_the_first_migration(url)
+    store = SqlMetadata(url)
+    record = _blueprint(tags=("a",))
+    assert store.add_blueprint(record) == (record, True)
+    store.close()
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, METADATA) == []
+        assert context.get_current_revision() == HEAD
+        keys = {table: inspect(connection).get_pk_constraint(table)["constrained_columns"] for table in METADATA.tables}
+    engine.dispose()
+    assert keys == {name: [column.name for column in table.primary_key] for name, table in METADATA.tables.items()}
 
-    from services.urza.schema import METADATA
 
+def test_a_new_schema_is_the_migrated_one(url: str) -> None:
     SqlMetadata(url).close()
     engine = create_engine(url)
     with engine.connect() as connection:
-        difference = compare_metadata(MigrationContext.configure(connection), METADATA)
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, METADATA) == []
+        assert context.get_current_revision() == HEAD
     engine.dispose()
-    assert difference == []
+    assert ScriptDirectory(str(_MIGRATIONS)).get_current_head() == HEAD
+
+
+def test_a_database_of_a_newer_version_is_left_alone(url: str) -> None:
+    _before_the_first_migration(url, "9999")
+    with pytest.raises(EsperError, match="another version") as caught:
+        SqlMetadata(url)
+    assert caught.value.reason is Reason.STORAGE_FAILED
 
 
 def test_a_database_that_is_away_is_unavailable() -> None:
