@@ -415,7 +415,7 @@ class EventExchange:
             violations.append(
                 FieldViolation(
                     "topic_id",
-                    'must be 1 to 128 of lower-case letters, digits, "_", "."; not ending ".dlq", not beginning "oona."',
+                    'must be 1 to 128 of a-z, 0-9, "_" and ".", not begin with "oona.", not end in ".dlq"',
                 )
             )
         if not payload_types:

@@ -60,6 +60,7 @@ class EmbeddedBus:
         self._waiting_bytes = 0
         self._waiting_records = 0
         self._work = asyncio.Event()
+        self._storing = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="oona-disk")
         self._cleanup = contextlib.AsyncExitStack()
         self._stopping = False
@@ -214,10 +215,7 @@ class EmbeddedBus:
             self._work.clear()
             writes, self._waiting = self._waiting, []
             await self._write(writes)
-            try:
-                await self._store_offsets()
-            except EsperError as error:
-                _LOG.error("%s", error)
+            await self._store_offsets_or_log()
 
     async def _write(self, writes: Sequence[_Write]) -> None:
         # One append and one sync per topic, whatever the number of publishes.
@@ -261,15 +259,22 @@ class EmbeddedBus:
             return error
 
     async def _store_offsets(self) -> None:
-        dirty, self._dirty = self._dirty, {}
-        if not dirty:
-            return
+        async with self._storing:  # who comes second returns only when the first, which has its offsets, is done
+            dirty, self._dirty = self._dirty, {}
+            if not dirty:
+                return
+            try:
+                await self._on_disk(lambda: self._metadata.store_offsets(dirty))
+            except sqlite3.Error as error:
+                # Kept for the next try: until then a crash means that their events are delivered again.
+                self._dirty = {**dirty, **self._dirty}
+                raise bus_unavailable(f"offsets cannot be stored: {error}") from error
+
+    async def _store_offsets_or_log(self) -> None:
         try:
-            await self._on_disk(lambda: self._metadata.store_offsets(dirty))
-        except sqlite3.Error as error:
-            # Kept for the next try: until then a crash means that their events are delivered again.
-            self._dirty = {**dirty, **self._dirty}
-            raise bus_unavailable(f"offsets cannot be stored: {error}") from error
+            await self._store_offsets()
+        except EsperError as error:
+            _LOG.error("%s", error)
 
     async def _on_disk(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call)
@@ -278,6 +283,7 @@ class EmbeddedBus:
         self._stopping = True
         self._work.set()
         await writer
+        await self._store_offsets_or_log()
 
     def _close_logs(self) -> None:
         for log in self._logs.values():

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -33,6 +35,7 @@ MAX_WAITING_BYTES: Final = 64 * 2**20
 MAX_WAITING_RECORDS: Final = 100_000
 _CONNECT_MILLISECONDS: Final = 10_000
 _READ_MILLISECONDS: Final = 5_000
+_SWITCH_SECONDS: Final = 0.0005
 _RETRY_SECONDS: Final = 5.0
 _DELIVERY_MILLISECONDS: Final = 60_000
 _MAX_RECORD_BYTES: Final = 2 * 2**20
@@ -74,9 +77,12 @@ class KafkaBus:
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="oona-kafka-send")
         self._desk = ThreadPoolExecutor(1, thread_name_prefix="oona-kafka-admin")
         self._clients: list[Any] = []
+        self._round_robin = 0
 
     async def start(self) -> None:
         """See :class:`services.oona.bus.Bus`."""
+        # The client's threads are busy Python: with the default of 5 ms the event loop would wait that long for each.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             await asyncio.get_running_loop().run_in_executor(self._desk, self._connect)
         except KafkaError as error:
@@ -292,43 +298,51 @@ class KafkaBus:
         self, records: Sequence[Record], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None]
     ) -> list[Any]:
         futures: list[Any] = []
-        countdown = _Countdown(lambda: loop.call_soon_threadsafe(_finish, done))
+        # A partition is acknowledged in order: waiting for its last record is waiting for all, at less cost.
+        last: dict[tuple[str, int], Any] = {}
         try:
             for record in records:
+                partition = self._partition_of(record)
                 future = self._producer.send(
                     self._names.kafkas(record.topic),
                     key=record.key or None,
                     value=record.value,
                     headers=list(record.headers),
+                    partition=partition,
                 )
                 futures.append(future)
-                countdown.add()
-                future.add_both(countdown.one_done)
+                last[record.topic, partition] = future
         finally:
-            countdown.all_added()
+            countdown = _Countdown(len(last), lambda: loop.call_soon_threadsafe(_finish, done))
+            for future in last.values():
+                future.add_both(countdown.one_done)
         return futures
+
+    def _partition_of(self, record: Record) -> int:
+        spec = self._specs.get(record.topic)
+        partitions = 1 if spec is None else spec.partitions  # the registry is not in itself
+        if record.key:
+            return zlib.crc32(record.key) % partitions
+        self._round_robin += 1
+        return self._round_robin % partitions
 
 
 class _Countdown:
-    """Calls once when everything that was added is done; any thread."""
+    """Calls back once when everything is done; any thread."""
 
-    def __init__(self, finished: Callable[[], object]) -> None:
+    def __init__(self, number: int, finished: Callable[[], object]) -> None:
         self._finished = finished
-        self._left = 1
+        self._left = number + 1
         self._lock = threading.Lock()
-
-    def add(self) -> None:
-        with self._lock:
-            self._left += 1
+        self.one_done()
 
     def one_done(self, _outcome: object = None) -> None:
+        """One of them is done."""
         with self._lock:
             self._left -= 1
             last = self._left == 0
         if last:
             self._finished()
-
-    all_added = one_done
 
 
 def _finish(done: asyncio.Future[None]) -> None:
