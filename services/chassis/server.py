@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -80,17 +81,11 @@ class ServiceServer:
         credentials = tls.server_credentials(self._config.tls)
         reflection.enable_server_reflection([*self._services, HEALTH, reflection.SERVICE_NAME], self._server)
         target = f"{_bracketed(host)}:{self._port}"
-        try:
-            if credentials is None:
-                port = self._server.add_insecure_port(target)
-            else:
-                port = self._server.add_secure_port(target, credentials)
-        except RuntimeError as error:
-            raise EsperError(
-                f"cannot listen on {target}: the port is in use or the interface is not there",
-                reason=Reason.PORT_IN_USE,
-                metadata={"address": target},
-            ) from error
+        _require_free(host, self._port, target)
+        if credentials is None:
+            port = self._server.add_insecure_port(target)
+        else:
+            port = self._server.add_secure_port(target, credentials)
         await self._server.start()
         self._address = f"{_bracketed(host)}:{port}"
         return self._address
@@ -105,6 +100,20 @@ class ServiceServer:
         self.draining.set()
         self.health.close()
         await self._server.stop(self._config.drain_seconds)
+
+
+def _require_free(host: str, port: int, target: str) -> None:
+    """Bind once to learn why one cannot: grpc says it on standard error in words of its own, and no reason."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As grpc does: connections that a killed predecessor left behind do not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise EsperError(
+            f"cannot listen on {target}: {error.strerror}", reason=Reason.PORT_IN_USE, metadata={"address": target}
+        ) from error
 
 
 def _bracketed(host: str) -> str:

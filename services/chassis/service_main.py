@@ -1,7 +1,8 @@
 """``main`` of every service: arguments, configuration, telemetry, server, drain.
 
 A service's ``__main__`` is ``sys.exit(run_service("urza", build))``. Exit codes: 0 after a drain, 1 for a failure of
-its own, 2 for bad configuration or usage, 3 when it cannot start (port in use, a file or a peer that is not there).
+its own, 2 for bad configuration or usage, 3 when it cannot start (port in use, a file or a peer that is not there), 130
+when a second Ctrl-C cut the drain short.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from services.chassis.telemetry import Telemetry
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_CANNOT_START: Final = 3
+EXIT_INTERRUPTED: Final = 130
 
 #: Where a service started by hand, without a run folder, keeps its state.
 DEFAULT_STATE_DIR: Final = Path("esper-state")
@@ -155,16 +157,16 @@ async def _serve(name: str, build: Build, config: EsperConfig, arguments: argpar
 
 
 def _stop_signals() -> asyncio.Event:
-    """An event that SIGTERM or SIGINT sets; a second Ctrl-C has its usual, immediate effect.
+    """An event that SIGTERM or SIGINT sets; a second Ctrl-C ends the process on the spot.
 
-    A second SIGTERM has none: an orphan gets two, one from the kernel and one from its lifeline.
+    A second SIGTERM does not: an orphan gets two, one from the kernel and one from its lifeline.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def interrupted() -> None:
         stopping.set()
-        loop.remove_signal_handler(signal.SIGINT)
+        loop.add_signal_handler(signal.SIGINT, os._exit, EXIT_INTERRUPTED)
 
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     loop.add_signal_handler(signal.SIGINT, interrupted)
