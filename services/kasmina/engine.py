@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from services.blueprints import families
 from services.blueprints.artifact import Kernel
 from services.blueprints.builder.branches import build_branch, load_tensors
 from services.blueprints.signature import interface_signature
-from services.blueprints.spec import Blueprint, Interface, SlotKind, SpecError, channels_of
+from services.blueprints.spec import Interface, SlotKind, SpecError, channels_of
 from services.chassis.config.schema import GrowthConfig
 from services.kasmina import health
 from services.kasmina.branches import Bridge
@@ -31,7 +31,6 @@ from services.kasmina.errors import (
     CommandConflictError,
     GrowthError,
     SlotUnavailableError,
-    TopologyError,
     UnknownSeedError,
     UnknownSlotError,
 )
@@ -58,10 +57,10 @@ from services.kasmina.model import (
     SlotOccupancy,
     SlotStatus,
 )
+from services.kasmina.saved import BranchPlan, SavedTopology
 from services.kasmina.topology import GrowingNetwork
 from services.kasmina.widening import HOST, Draw
 
-STATE_VERSION = 1
 PENALTY_PER_CULL = 1.0
 LOCK_FACTOR = 2
 """A lock after a rollback lasts this many times the embargo after a cull."""
@@ -69,14 +68,6 @@ LOCK_FACTOR = 2
 _SEED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LEAVING = frozenset({SeedState.CULLED, SeedState.CANCELLED, SeedState.ROLLED_BACK})
 _Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class BranchPlan:
-    """What it takes to build a branch again: the design and the place it was compiled for."""
-
-    blueprint: Blueprint
-    interface: Interface
 
 
 class GrowthEngine:
@@ -649,21 +640,17 @@ class GrowthEngine:
 
     def state(self) -> dict[str, Any]:
         """Topology and lives as JSON; weights are in the model's own state dict."""
-        return {
-            "version": STATE_VERSION,
-            "host": self._fingerprint(),
-            "step": self._step,
-            "epoch": self._epoch,
-            "fused": {slot: extra for slot, extra in self._network.fused.items() if extra},
-            "grafts": list(self._network.grafts),
-            "plans": {
-                seed: {"blueprint": plan.blueprint.to_json(), "interface": plan.interface.to_json()}
-                for seed, plan in self._plans.items()
-            },
-            "seeds": [asdict(record) for record in self._records.values()],
-            "penalties": {slot: dict(penalties) for slot, penalties in self._penalties.items()},
-            "quarantined": sorted(self._quarantined),
-        }
+        return SavedTopology(
+            host=self._fingerprint(),
+            step=self._step,
+            epoch=self._epoch,
+            fused=self._network.fused,
+            grafts=tuple(self._network.grafts),
+            plans=self._plans,
+            records=self._records,
+            penalties=self._penalties,
+            quarantined=frozenset(self._quarantined),
+        ).to_json()
 
     def _fingerprint(self) -> str:
         """Of the host's slots before growth: a state fits only the host it was taken from."""
@@ -690,42 +677,31 @@ class GrowthEngine:
         Raises:
             TopologyError: The state is of another version or another host; the network is as it was.
         """
-        if state.get("version") != STATE_VERSION:
-            raise TopologyError(f"topology version {state.get('version')!r} is not {STATE_VERSION}")
-        if state.get("host") != self._fingerprint():
-            raise TopologyError("the topology was saved for another host")
-        try:
-            records = {item["seed"]: _record(item) for item in state["seeds"]}
-            plans = {
-                seed: BranchPlan(Blueprint.from_json(plan["blueprint"]), Interface.from_json(plan["interface"]))
-                for seed, plan in state["plans"].items()
-            }
-            grafts = [records[seed] for seed in state["grafts"]]
-            fused = {str(slot): int(extra) for slot, extra in state["fused"].items()}
-            penalties = {slot: dict(found) for slot, found in state["penalties"].items()}
-            quarantined = set(state["quarantined"])
-            step, epoch = int(state["step"]), int(state["epoch"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise TopologyError(f"the topology is damaged: {error!r}") from error
-        gone = [self.seed(seed) for seed in keep_gone if seed not in records]
+        saved = SavedTopology.from_json(state, host=self._fingerprint(), analysis=self._analysis)
+        gone = [self.seed(seed) for seed in keep_gone if seed not in saved.records]
         now, this_epoch = self._step, self._epoch
-        self._records, self._plans = records, plans
-        self._penalties, self._quarantined = penalties, quarantined | self._quarantined
-        self._commands = {record.command_id: record.seed for record in records.values()}
+        self._records, self._plans = dict(saved.records), dict(saved.plans)
+        self._penalties = {slot: dict(penalties) for slot, penalties in saved.penalties.items()}
+        self._quarantined |= saved.quarantined
+        self._commands = {record.command_id: record.seed for record in self._records.values()}
         self._measured = set()
-        self._step, self._epoch = step, epoch
-        self._network.reset(fused)
-        for record in grafts:
-            self._graft_again(record)
+        self._step, self._epoch = saved.step, saved.epoch
+        self._network.reset(saved.fused)
+        for seed in saved.grafts:
+            self._graft_again(self._records[seed])
+        return self._carry_over(gone, now, this_epoch, reason)
+
+    def _carry_over(self, gone: Iterable[SeedRecord], step: int, epoch: int, reason: str) -> list[SeedTransition]:
+        """Keep the records of seeds that a rollback would forget, as rolled back at ``step`` of ``epoch``."""
         done: list[SeedTransition] = []
-        self._epoch = this_epoch if gone else epoch
+        before, self._epoch = self._epoch, epoch
         for record in gone:
             self._records[record.seed] = record
             self._commands[record.command_id] = record.seed
-            state_after = SeedState.CANCELLED if record.state is SeedState.GERMINATED else SeedState.ROLLED_BACK
-            if state_after in TRANSITIONS[record.state]:
-                done.append(self._leave(record.seed, state_after, now, reason))
-        self._epoch = epoch
+            after = SeedState.CANCELLED if record.state is SeedState.GERMINATED else SeedState.ROLLED_BACK
+            if after in TRANSITIONS[record.state]:
+                done.append(self._leave(record.seed, after, step, reason))
+        self._epoch = before
         return done
 
     def _graft_again(self, record: SeedRecord) -> None:
@@ -787,18 +763,3 @@ def _generator(purpose: str, seed: int, name: str) -> torch.Generator:
     """A private generator that depends on its arguments only."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _record(item: Mapping[str, Any]) -> SeedRecord:
-    contribution = item["contribution"]
-    outcome = item["outcome"]
-    fields = {
-        **item,
-        "state": SeedState(item["state"]),
-        "outcome": None if outcome is None else SeedState(outcome),
-        "contribution": None if contribution is None else Contribution(**contribution),
-    }
-    return SeedRecord(**fields)
-
-
-__all__ = ["BranchPlan", "GrowthEngine"]

@@ -58,14 +58,15 @@ def test_moments_of_maps_flattened_maps_and_features_agree_with_the_covariance()
             self.tokens = nn.Linear(3, 2)
 
         def forward(self, maps: Tensor) -> Tensor:
-            out: Tensor = self.conv(maps).mean((2, 3)) + self.flat(maps.flatten(1))
-            return out + self.tokens(maps.flatten(2).transpose(1, 2)).mean(1)
+            tokens = maps.flatten(2).transpose(1, 2)
+            out: Tensor = self.conv(maps).mean((2, 3)) + self.flat(maps.flatten(1)) + self.tokens(tokens).mean(1)
+            return out
 
     net = Net()
     maps = torch.randn(100, 3, 4, 4) @ torch.randn(4, 4)
     expected = spectrum(covariance(maps.double().transpose(0, 1).reshape(3, -1).T))
     for reader, factor in ((net.conv, 1), (net.flat, 16), (net.tokens, 1)):
-        report = measure(net, maps.split(30), [Probe("a", 3, [(reader, factor)])], flops_per_sample=10.0)
+        report = measure(net, torch.split(maps, 30), [Probe("a", 3, [(reader, factor)])], flops_per_sample=10.0)
         [health] = report.slots
         assert health.effective_rank == pytest.approx(expected[0], rel=1e-6)
         assert health.participation_ratio == pytest.approx(expected[1], rel=1e-6)
