@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -452,14 +452,6 @@ class Library:
                 metadata={"name": f"blueprints/{blueprint_id}"},
             )
         return record
-
-
-def complete(blueprint: Blueprint) -> Blueprint:
-    """The blueprint with the family's defaults for all parameters that it leaves out; unknown families stay."""
-    family = FAMILIES.get(blueprint.family)
-    if family is None:
-        return blueprint
-    return replace(blueprint, parameters={**family.defaults, **blueprint.parameters})
 
 
 def _check_blueprint(blueprint: Blueprint) -> None:

@@ -10,12 +10,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper.common.v1 import common_pb2
 from esper.urza.v1 import blueprint_pb2, kernel_pb2
-from services.blueprints.digest import JsonValue
 from services.blueprints.families import FAMILIES
-from services.blueprints.spec import MAX_NAME_CHARACTERS, Blueprint, Interface, Scalar, SpecError
-from services.blueprints.wire import digest_from_proto, digest_to_proto, interface_from_proto, interface_to_proto
+from services.blueprints.spec import MAX_NAME_CHARACTERS, Blueprint, InitRecipe, Interface, Scalar, SpecError
+from services.blueprints.wire import (
+    blueprint_from_spec,
+    digest_from_proto,
+    digest_to_proto,
+    interface_from_proto,
+    interface_to_proto,
+)
 from services.chassis.errors import EsperError, FieldViolation, Reason, invalid, required
-from services.urza.library import complete
 from services.urza.metadata import Cursor
 from services.urza.records import BlueprintRecord, Interval, KernelRecord, KernelStatus, Outcome, OutcomeResult
 
@@ -28,48 +32,30 @@ def read_blueprint(spec: blueprint_pb2.BlueprintSpec) -> Blueprint:
     """The blueprint of a spec, with the family's defaults for what it leaves out.
 
     Raises:
-        EsperError: REQUIRED_FIELD, BLUEPRINT_INVALID, each with the field's path.
+        EsperError: REQUIRED_FIELD, UNKNOWN_FAMILY, BLUEPRINT_INVALID, each with the field's path.
     """
     if not spec.family:
         raise required("spec.family")
-    parameters: dict[str, JsonValue] = {
-        name: _read_value(value, f"spec.parameters.{name}") for name, value in spec.parameters.items()
-    }
     family = FAMILIES.get(spec.family)
-    rule: JsonValue = spec.initialization.rule
-    scale: JsonValue = spec.initialization.scale if spec.initialization.HasField("scale") else 1.0
-    if not spec.HasField("initialization") and family is not None:
-        rule, scale = family.initialization.rule.value, family.initialization.scale
-    elif family is None:
-        rule = "kaiming_normal"  # whatever it is: the family is refused first
-    content: JsonValue = {
-        "family": spec.family,
-        "parameters": parameters,
-        "initialization": {"rule": rule, "scale": scale},
-    }
+    if family is None:
+        why = f"{spec.family[:64]!r} is none of {', '.join(sorted(FAMILIES))}"
+        raise _bad_blueprint(SpecError("spec.family", why), Reason.UNKNOWN_FAMILY)
+    whole = blueprint_pb2.BlueprintSpec()
+    whole.CopyFrom(spec)
+    for name, value in family.defaults.items():
+        if name not in spec.parameters:
+            whole.parameters[name].CopyFrom(_write_value(value))
+    if not spec.HasField("initialization"):
+        whole.initialization.CopyFrom(_write_initialization(family.initialization))
     try:
-        return complete(Blueprint.from_json(content, "spec"))
+        return blueprint_from_spec(whole)
     except SpecError as error:
-        raise EsperError(
-            str(error),
-            reason=Reason.BLUEPRINT_INVALID,
-            metadata={"field": error.field},
-            violations=[FieldViolation(error.field, error.why)],
-        ) from error
+        raise _bad_blueprint(error, Reason.BLUEPRINT_INVALID) from error
 
 
-def _read_value(value: blueprint_pb2.ParameterValue, where: str) -> JsonValue:
-    match value.WhichOneof("kind"):
-        case "integer":
-            return value.integer
-        case "number":
-            return value.number
-        case "text":
-            return value.text
-        case "flag":
-            return value.flag
-        case _:
-            raise required(where)
+def _bad_blueprint(error: SpecError, reason: Reason) -> EsperError:
+    violation = FieldViolation(error.field, error.why)
+    return EsperError(str(error), reason=reason, metadata={"field": error.field}, violations=[violation])
 
 
 def write_blueprint(record: BlueprintRecord) -> blueprint_pb2.Blueprint:
@@ -80,9 +66,7 @@ def write_blueprint(record: BlueprintRecord) -> blueprint_pb2.Blueprint:
         spec=blueprint_pb2.BlueprintSpec(
             family=blueprint.family,
             parameters={name: _write_value(value) for name, value in blueprint.parameters.items()},
-            initialization=blueprint_pb2.Initialization(
-                rule=blueprint.initialization.rule.value, scale=blueprint.initialization.scale
-            ),
+            initialization=_write_initialization(blueprint.initialization),
         ),
         digest=digest_to_proto(blueprint.digest),
         display_name=record.display_name,
@@ -98,6 +82,10 @@ def write_blueprint(record: BlueprintRecord) -> blueprint_pb2.Blueprint:
     return message
 
 
+def _write_initialization(recipe: InitRecipe) -> blueprint_pb2.Initialization:
+    return blueprint_pb2.Initialization(rule=recipe.rule.value, scale=recipe.scale)
+
+
 def _write_value(value: Scalar) -> blueprint_pb2.ParameterValue:
     match value:
         case bool():
@@ -106,7 +94,7 @@ def _write_value(value: Scalar) -> blueprint_pb2.ParameterValue:
             return blueprint_pb2.ParameterValue(integer=value)
         case float():
             return blueprint_pb2.ParameterValue(number=value)
-        case str():
+        case _:
             return blueprint_pb2.ParameterValue(text=value)
 
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, event, inspect
 
 from services.blueprints.artifact import Characterization
 from services.blueprints.spec import Blueprint, InitRecipe
@@ -400,6 +401,40 @@ def test_a_database_that_is_away_is_unavailable() -> None:
     with pytest.raises(EsperError) as caught:
         SqlMetadata("postgresql+psycopg://nobody@127.0.0.1:1/none")
     assert caught.value.reason is Reason.UNAVAILABLE
+
+
+def test_a_postgresql_that_goes_away_is_unavailable_until_it_is_back(postgres_url: str) -> None:
+    store = SqlMetadata(postgres_url)
+    record = _blueprint()
+    store.add_blueprint(record)
+    name = postgres_url.rpartition("/")[2]
+    server = postgres_url.replace("postgresql+psycopg", "postgresql").removesuffix(name) + "postgres"
+    cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        connection.execute(cut.encode())
+        for call in (lambda: store.blueprint(record.id), lambda: store.add_blueprint(_blueprint(1))):
+            with pytest.raises(EsperError) as caught:
+                call()
+            assert caught.value.reason is Reason.UNAVAILABLE
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+    assert store.blueprint(record.id) == record
+    store.close()
+
+
+def test_a_full_database_is_storage_full_and_keeps_what_it_has(tmp_path: Path) -> None:
+    store = SqlMetadata(f"sqlite:///{tmp_path / 'library.sqlite'}")
+    record = _blueprint()
+    store.add_blueprint(record)
+    store._engine.dispose()
+    # SQLite's own bound on its file: it says what it says on a full disk.
+    event.listen(store._engine, "connect", lambda raw, _: raw.execute("PRAGMA max_page_count=1"))
+    with pytest.raises(EsperError) as caught:
+        for number in range(1, 1000):
+            store.add_blueprint(replace(_blueprint(number), description="x" * 4096))
+    assert caught.value.reason is Reason.STORAGE_FULL
+    assert store.blueprint(record.id) == record
+    store.close()
 
 
 @pytest.mark.parametrize("url", ["nonsense", "nosuch://x"])

@@ -201,7 +201,7 @@ def test_bad_blueprints_are_refused_with_reason_and_field(urza: Urza) -> None:
     assert refused(lambda r: r.ClearField("spec")) == ("REQUIRED_FIELD", "spec")
     assert refused(lambda r: r.spec.ClearField("family")) == ("REQUIRED_FIELD", "spec.family")
     assert refused(lambda r: setattr(r.spec, "family", "no")) == ("UNKNOWN_FAMILY", "spec.family")
-    assert refused(value()) == ("REQUIRED_FIELD", "spec.parameters.reduction")
+    assert refused(value()) == ("BLUEPRINT_INVALID", "spec.parameters.reduction")
     assert refused(value(number=1.5)) == ("BLUEPRINT_INVALID", "spec.parameters.reduction")
     assert refused(value(number=float("nan"))) == ("BLUEPRINT_INVALID", "spec.parameters.reduction")
     assert refused(value(flag=True)) == ("BLUEPRINT_INVALID", "spec.parameters.reduction")
@@ -506,6 +506,7 @@ def test_outcomes_are_told_and_counted(urza: Urza) -> None:
 # The process.
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_an_upload_loses_nothing_that_was_told(tmp_path: Path) -> None:
     wide = Interface(SlotKind.SPAN, (256, 2, 2), (256, 2, 2))
     kernel_keys = tmp_path / "state" / "keys"
@@ -551,6 +552,7 @@ def test_open_watches_end_when_it_drains(tmp_path: Path) -> None:
         assert urza.process.wait(_SECONDS) == 0
 
 
+@pytest.mark.slow
 def test_it_runs_on_postgresql(tmp_path: Path, postgres_url: str) -> None:
     with running(tmp_path, database_url=postgres_url) as urza:
         kernel = urza.validated(signed_kernel(urza.keys))
