@@ -19,9 +19,11 @@ from services.oona.bus import Bus, Position, Reader, Record, StoredRecord, Topic
 from services.oona.counters import Counters
 from services.oona.embedded.bus import EmbeddedBus
 from services.oona.kafka.bus import KafkaBus
+from services.oona.kafka.consumer import HANDOVER_RECORDS, KafkaReader
 from services.oona.subscription import REDRIVE_GROUP_HEADER, Delivered, FailureLedger, Subscription
 from services.oona.topics import TopicSpec
 from tests.infrastructure.kafka import KafkaBroker
+import itertools
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPIC = TopicSpec("grades", ("a.B",), 3, 2**20)
@@ -412,6 +414,35 @@ async def test_members_share_partitions_and_take_over(open_bus: OpenBus) -> None
         await asyncio.gather(first, return_exceptions=True)
 
 
+async def test_a_slow_reader_is_waited_for(open_bus: OpenBus) -> None:
+    bus = await open_bus()
+    reader = await bus.open_reader({TopicPartition("other", 0): 0})
+    total = 8000  # several times what is handed over ahead
+    for start in range(0, total, 1000):
+        await bus.publish(records(1000, start=start, topic="other"))
+    if isinstance(reader, KafkaReader):
+        async with asyncio.timeout(20):
+            while len(reader._handover) < HANDOVER_RECORDS:
+                await asyncio.sleep(0.05)
+    assert numbers(await take(reader, total)) == list(range(total))
+    if isinstance(reader, KafkaReader):
+        assert len(reader._handover) == 0
+    await reader.close()
+
+
+async def test_what_waits_for_the_bus_is_bounded(open_bus: OpenBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = await open_bus()
+    for module in ("services.oona.embedded.bus", "services.oona.kafka.bus"):
+        monkeypatch.setattr(f"{module}.MAX_WAITING_RECORDS", 5)
+        monkeypatch.setattr(f"{module}.MAX_WAITING_BYTES", 1000)
+    for batch in ([Record("other", b"", b"")] * 6, [Record("other", b"", b"x" * 1001)]):
+        with pytest.raises(EsperError) as caught:
+            await bus.publish(batch)
+        assert caught.value.reason is Reason.BUS_OVERLOADED
+    await asyncio.gather(*(bus.publish(records(1, topic="other")) for _ in range(5)))
+    await bus.publish(records(5, topic="other"))
+
+
 PUBLISHER = """
 import asyncio, sys
 sys.path[:0] = [{root!r}, {contracts!r}]
@@ -473,9 +504,7 @@ async def test_nothing_acknowledged_is_lost_when_the_embedded_bus_is_killed(tmp_
         # Each life numbers from 0 again; within a life every lane is in order.
         for numbers_of_lane in stored.values():
             lives = [n for n in numbers_of_lane if n == 0]
-            steps = sum(
-                later != earlier + 1 for earlier, later in zip(numbers_of_lane, numbers_of_lane[1:], strict=False)
-            )
+            steps = sum(later != earlier + 1 for earlier, later in itertools.pairwise(numbers_of_lane))
             assert steps == len(lives) - 1
         await bus.stop()
         acknowledged = {}
@@ -528,6 +557,37 @@ async def test_nothing_acknowledged_is_lost_when_the_broker_is_killed(kafka_brok
         assert_order_per_key(list(first.values()))
     finally:
         await bus.stop()
+
+
+@pytest.mark.kafka
+async def test_a_consumer_that_cannot_go_on_says_so(kafka_broker: KafkaBroker) -> None:
+    bus = KafkaBus([kafka_broker.bootstrap], prefix=f"t{uuid.uuid4().hex[:8]}-")
+    await bus.start()
+    await bus.create_topics([TOPIC])
+    reader = await bus.open_reader({TopicPartition(TOPIC.name, 0): 0})
+    waiting = asyncio.create_task(reader.poll(1))
+    reader._tell(reader._fail, "Kafka: made up")
+    with pytest.raises(EsperError, match="made up") as caught:
+        await asyncio.wait_for(waiting, 10)
+    assert caught.value.reason is Reason.BUS_UNAVAILABLE
+    await reader.close()
+    bus._consumer_options["bootstrap_servers"] = ["127.0.0.1:1"]
+    bus._consumer_options["bootstrap_timeout_ms"] = 300
+    with pytest.raises(EsperError) as caught:
+        await bus.join_group("g", [TOPIC.name])
+    assert caught.value.reason is Reason.BUS_UNAVAILABLE
+    await bus.stop()
+
+
+@pytest.mark.kafka
+async def test_a_topic_that_the_broker_refuses_is_an_error(kafka_broker: KafkaBroker) -> None:
+    bus = KafkaBus([kafka_broker.bootstrap], prefix=f"t{uuid.uuid4().hex[:8]}-", replication_factor=1)
+    await bus.start()
+    bus._replication_factor = 3  # of one broker
+    with pytest.raises(EsperError, match="cannot be made") as caught:
+        await bus.create_topics([TOPIC])
+    assert caught.value.reason is Reason.BUS_UNAVAILABLE
+    await bus.stop()
 
 
 async def test_a_kafka_that_is_not_there_is_named(unused_tcp_port: int) -> None:

@@ -34,6 +34,9 @@ from services.chassis.service_main import ServiceContext
 from services.chassis.telemetry import Telemetry, read_traces
 from services.oona.bus import Bus, Record
 from services.oona.component import build
+from services.oona.embedded.bus import EmbeddedBus
+from services.oona.exchange import EventExchange
+from tests.infrastructure.kafka import KafkaBroker
 
 if TYPE_CHECKING:
     from esper.oona.v1.event_service_pb2_grpc import EventServiceAsyncStub
@@ -328,6 +331,56 @@ async def test_tail_and_names_are_checked(oona: Oona) -> None:
         await oona.stub.RedriveDeadLetters(
             pb.RedriveDeadLettersRequest(topic=f"topics/{EPOCH}", max_letters=-1, request_id="x")
         )
+
+
+async def test_a_bus_that_is_full_says_so_and_the_same_event_may_be_tried_again(
+    oona: Oona, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("services.oona.embedded.bus.MAX_WAITING_RECORDS", 0)
+        async with refused(Reason.BUS_OVERLOADED):
+            await oona.stub.Publish(pb.PublishRequest(events=[event(1)]))
+    (published,) = (await oona.stub.Publish(pb.PublishRequest(events=[event(1)]))).published
+    assert not published.duplicate
+
+
+async def test_the_window_of_ids_is_bounded(tmp_path: Path) -> None:
+    bus = EmbeddedBus(tmp_path)
+    exchange = EventExchange(bus, partitions=1, retention_bytes=2**20, max_attempts=2, dedup_window=3)
+    await exchange.start()
+    for number in range(5):
+        await exchange.publish([event(number)])
+    again = [(await exchange.publish([event(number)]))[0].duplicate for number in (4, 3, 2, 0)]
+    assert again == [True, True, True, False]
+    await exchange.stop()
+
+
+async def test_numbers_of_streams_and_topics_are_bounded(oona: Oona, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("MAX_SUBSCRIPTIONS", "MAX_TAILS", "MAX_TOPICS"):
+        monkeypatch.setattr(f"services.oona.exchange.{limit}", 0)
+    call = oona.stub.Subscribe()
+    await call.write(
+        pb.SubscribeRequest(start=pb.SubscribeStart(consumer_group="g", topics=[f"topics/{EPOCH}"], credit=1))
+    )
+    async with refused(Reason.BUS_OVERLOADED):
+        async for _ in call:
+            pass
+    async with refused(Reason.BUS_OVERLOADED):
+        await tail(oona)
+    async with refused(Reason.BUS_OVERLOADED):
+        await oona.stub.CreateTopic(
+            pb.CreateTopicRequest(topic_id="one.more", topic=Topic(payload_types=["a.B"]), request_id="r")
+        )
+
+
+async def test_dead_letters_of_dead_letters_stay_where_they_are(oona: Oona) -> None:
+    await oona.stub.Publish(pb.PublishRequest(events=[event(1)]))
+    for topic in (EPOCH, f"{EPOCH}.dlq"):
+        async with Member(oona, topics=[topic]) as member:
+            for _ in range(2):
+                await member.nack(await member.next(), "no")
+    listed = await oona.stub.ListDeadLetters(pb.ListDeadLettersRequest(topic=f"topics/{EPOCH}"))
+    assert len(listed.dead_letters) == 1
 
 
 class Member:
@@ -667,6 +720,43 @@ async def test_an_unknown_payload_is_refused_without_being_shown(oona: Oona) -> 
     await oona.stub.Publish(pb.PublishRequest(events=[odd, event(2, topic="odd")]))
     (received,) = await collect(EventSubscriber(oona.channel, "g", ["odd"], oona.telemetry), 1)
     assert received.event.event_id == "e2"
+
+
+@pytest.mark.kafka
+async def test_the_same_service_runs_on_kafka(kafka_broker: KafkaBroker, tmp_path: Path) -> None:
+    async with serving(
+        tmp_path,
+        "services.oona.backend=kafka",
+        f"services.oona.kafka.bootstrap_servers=[{kafka_broker.bootstrap}]",
+        f"services.oona.kafka.topic_prefix={new_id('t')}-",
+        "services.oona.max_delivery_attempts=2",
+    ) as served:
+        await served.stub.Publish(pb.PublishRequest(events=[event(n) for n in range(3)]))
+        assert [e.event_id for e in await tail(served, EPOCH)] == ["e0", "e1", "e2"]
+        async with Member(served) as member:
+            first, second, third = [await member.next() for _ in range(3)]
+            await member.ack(first, third)
+            await member.nack(second, "no")
+            await member.nack(await member.next(), "still no")
+            await member.ack(await member.next())
+        topic = f"topics/{EPOCH}"
+        (letter,) = (await served.stub.ListDeadLetters(pb.ListDeadLettersRequest(topic=topic))).dead_letters
+        assert (letter.event.event_id, letter.reason, letter.attempts) == ("e1", "still no", 2)
+        redrive = pb.RedriveDeadLettersRequest(topic=topic, request_id="r")
+        assert (await served.stub.RedriveDeadLetters(redrive)).redriven == 1
+        assert not (await served.stub.ListDeadLetters(pb.ListDeadLettersRequest(topic=topic))).dead_letters
+        assert (await lag(served)).total_lag == 1
+        call = served.stub.Tail(pb.TailRequest(topics=[topic]))
+        stream = aiter(call)
+        upcoming = asyncio.ensure_future(anext(stream))
+        async with asyncio.timeout(20):
+            number = 10
+            while not upcoming.done():
+                await served.stub.Publish(pb.PublishRequest(events=[event(number)]))
+                number += 1
+                await asyncio.wait({upcoming}, timeout=0.1)
+        assert upcoming.result().stored_event.event.event_id.startswith("e1")
+        call.cancel()
 
 
 # ---- the process ----

@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 HANDOVER_RECORDS: Final = 2048
 _POLL_RECORDS: Final = 500
 _POLL_MILLISECONDS: Final = 50
+_CLOSE_MILLISECONDS: Final = 2000
 _RETRY_SECONDS: Final = 0.2
 
 
@@ -65,6 +66,7 @@ class KafkaReader:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._wake = asyncio.Event()
+        self._failure: str | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
         # Under the lock:
@@ -77,10 +79,14 @@ class KafkaReader:
         """Starts the thread and waits until it has reached the broker.
 
         Raises:
-            EsperError: it has not.
+            EsperError: BUS_UNAVAILABLE, it has not.
         """
         self._thread.start()
-        await self._ready
+        try:
+            await self._ready
+        except BaseException:
+            self._closing.set()
+            raise
 
     async def poll(self, limit: int) -> Batch:
         """See :class:`services.oona.bus.Reader`."""
@@ -89,6 +95,8 @@ class KafkaReader:
             batch = self._take(limit)
             if batch.records or batch.revoked:
                 return batch
+            if self._failure is not None:
+                raise bus_unavailable(self._failure)
             await self._wake.wait()
 
     def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
@@ -125,28 +133,28 @@ class KafkaReader:
     def _run(self) -> None:
         try:
             consumer = KafkaConsumer(**self._options, group_id=self._group, auto_offset_reset="earliest")
-        except KafkaError as error:
-            self._tell(self._fail, str(error))
-            return
-        try:
-            if self._group is None:
-                partitions = [KafkaTopicPartition(self._names.kafkas(s.topic), s.partition) for s in self._starts]
-                consumer.assign(partitions)
-                for partition, offset in zip(partitions, self._starts.values(), strict=True):
-                    consumer.seek(partition, offset)
-            else:
-                consumer.subscribe(self._topics, listener=_Rebalance(self, consumer))
-                # Without it a group may be dealt out before the topics' partitions are known: to nobody.
-                consumer.topics()
-            self._tell(self._ready.set_result, None)
-            while not self._closing.is_set():
-                self._step(consumer)
-        finally:
             try:
+                self._begin(consumer)
+                self._tell(self._opened)
+                while not self._closing.is_set():
+                    self._step(consumer)
+            finally:
                 self._store_commits(consumer)
-                consumer.close(autocommit=False, timeout_ms=2000)
-            except KafkaError as error:
-                _LOG.warning("a Kafka consumer did not close cleanly: %s", error)
+                consumer.close(autocommit=False, timeout_ms=_CLOSE_MILLISECONDS)
+        except Exception as error:  # noqa: BLE001  # the thread's last line: whoever waits for records must hear of it
+            _LOG.warning("the Kafka consumer of %s ended: %s", self._group or "a reader", error)
+            self._tell(self._fail, f"Kafka: {error}")
+
+    def _begin(self, consumer: Any) -> None:
+        if self._group is None:
+            partitions = [KafkaTopicPartition(self._names.kafkas(s.topic), s.partition) for s in self._starts]
+            consumer.assign(partitions)
+            for partition, offset in zip(partitions, self._starts.values(), strict=True):
+                consumer.seek(partition, offset)
+        else:
+            consumer.subscribe(self._topics, listener=_Rebalance(self, consumer))
+            # Without it a group may be dealt out before the topics' partitions are known: to nobody.
+            consumer.topics()
 
     def _step(self, consumer: Any) -> None:
         try:
@@ -201,7 +209,13 @@ class KafkaReader:
         with self._lock:
             self._assigned.update(assigned)
 
+    def _opened(self) -> None:
+        if not self._ready.done():  # whoever opened it may have gone
+            self._ready.set_result(None)
+
     def _fail(self, why: str) -> None:
+        self._failure = why
+        self._wake.set()
         if not self._ready.done():
             self._ready.set_exception(bus_unavailable(why))
 
