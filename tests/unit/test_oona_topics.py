@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from esper.events.v1 import events_pb2
-
 from services.oona.topics import PLATFORM_TOPICS, TopicSpec, platform_specs
 
 ROOT = Path(__file__).resolve().parents[2]
