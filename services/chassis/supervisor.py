@@ -186,6 +186,8 @@ class Supervisor:
         """
         if job is not None:
             self._job = asyncio.create_task(self._keep_job(job))
+        # A stale one, of an earlier launch, would send the job to services that are gone.
+        (self.run_dir / "addresses.json").unlink(missing_ok=True)
         starting = asyncio.create_task(self._start_services())
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -275,17 +277,12 @@ class Supervisor:
         """A new process for ``name``, serving. Raises EsperError (SERVICE_START_FAILED); the process has ended then."""
         status = self.services[name]
         status.state = State.STARTING
-        announced: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        def hear(message: dict[str, Any]) -> None:
-            if not announced.done():
-                announced.set_result(message["address"])
-
+        announced: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         command = [*self._program(name), "--config", str(self._config_file), "--run-dir", str(self.run_dir)]
         command += ["--address-file", str(self.run_dir / ADDRESSES_DIR / name)]
         if status.address is not None:  # everybody knows this address: the service must be found there again
             command += ["--port", status.address.rpartition(":")[2]]
-        child = Child(command, log=self._log(name), lifeline=self._lifeline, on_message=hear)
+        child = Child(command, log=self._log(name), lifeline=self._lifeline, on_message=announced.put_nowait)
         self._children[name] = child
         status.pid = child.pid
         if status.spawned_after is None:
@@ -294,7 +291,7 @@ class Supervisor:
         self._emit(name, "started", f"pid {child.pid}")
 
         async def serving() -> str:
-            address = await announced
+            address = str((await announced.get())["address"])
             await self._until_serving(name, address)
             return address
 

@@ -133,6 +133,15 @@ async def test_six_services_are_started_in_order_and_all_serve(mesh: Mesh) -> No
     await supervisor.stop()  # once more is nothing
 
 
+async def test_without_a_word_it_starts_the_services_of_esper(mesh: Mesh, outside: Running) -> None:
+    config = _only("tamiyo", outside)
+    (mesh.folder / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    async with Supervisor(config, mesh.folder) as supervisor:
+        await supervisor.start()
+        pid = supervisor.services["tamiyo"].pid
+        assert "services.tamiyo" in psutil.Process(pid).cmdline()
+
+
 async def test_a_killed_service_comes_back_where_it_was(mesh: Mesh, outside: Running) -> None:
     async with mesh.supervisor(_only("urza", outside)) as supervisor:
         await supervisor.start()

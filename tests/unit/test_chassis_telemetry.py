@@ -106,6 +106,15 @@ def test_a_line_parses_as_otlp_traces_data(tmp_path: Path) -> None:
     assert telemetry.plain_attributes(read["attributes"])["path"] == ["a", "b"]
 
 
+def test_a_flush_writes_what_waits(tmp_path: Path) -> None:
+    tracer = telemetry.setup("urza", TelemetryConfig(), tmp_path, None)
+    tracer.start("waiting", {"measured": 1, "unmeasured": None}).end()
+    tracer.flush()
+    (span,) = telemetry.read_traces(tmp_path / "traces")
+    assert telemetry.plain_attributes(span["attributes"]) == {"measured": 1}
+    tracer.shutdown()
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     tracer = telemetry.setup("urza", TelemetryConfig(), tmp_path, None)
     with tracer.span("whole"):
