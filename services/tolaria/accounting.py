@@ -15,7 +15,8 @@ class Account:
 
     ``training_flops`` are those of all optimizer steps, seeds included; ``growth_flops`` those of scoring,
     counterfactuals and extra validation; ``validation_flops`` what a run without growth spends on validation as well.
-    CPU times are of the training thread, seconds; ``growth_cpu_seconds`` is part of ``cpu_seconds``.
+    CPU times are of the training thread, seconds; ``growth_cpu_seconds`` is part of ``cpu_seconds``;
+    ``growth_seconds`` is its wall clock.
     """
 
     training_flops: float = 0.0
@@ -23,6 +24,7 @@ class Account:
     validation_flops: float = 0.0
     cpu_seconds: float = 0.0
     growth_cpu_seconds: float = 0.0
+    growth_seconds: float = 0.0
 
     def bill_steps(self, forward_flops: int, samples: int) -> None:
         """One optimizer step on ``samples`` at ``forward_flops`` each."""
@@ -33,14 +35,21 @@ class Account:
         return asdict(self)
 
 
-class CpuClock:
-    """CPU seconds of this thread since the last look."""
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """What passed: on the wall, and of it on this thread's processor."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+class LapClock:
+    """Time since the last look."""
 
     def __init__(self) -> None:
-        self._last = time.thread_time()
+        self._last = time.perf_counter(), time.thread_time()
 
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        now = time.thread_time()
-        spent, self._last = now - self._last, now
-        return spent
+    def lap(self) -> Lap:
+        """What passed since the last call."""
+        before, self._last = self._last, (time.perf_counter(), time.thread_time())
+        return Lap(self._last[0] - before[0], self._last[1] - before[1])

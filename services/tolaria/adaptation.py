@@ -8,15 +8,18 @@ and applying is a function of the journal's entry alone: a replay is the same ca
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
 from services.blueprints.spec import Blueprint, Interface
 from services.chassis.config.schema import GrowthConfig
+from services.chassis.errors import Reason
 from services.chassis.telemetry import ROOT, Telemetry, context_from, current_traceparent, link_to
 from services.kasmina.engine import GrowthEngine
-from services.kasmina.lifecycle import ALIVE, SeedState
+from services.kasmina.errors import SlotUnavailableError, UnknownSeedError, UnknownSlotError
+from services.kasmina.lifecycle import ALIVE, IllegalTransitionError, SeedState
 from services.kasmina.model import Contribution, HealthReport, Replacement, SeedRecord, SeedTransition
 from services.tolaria.errors import JournalError
 from services.tolaria.journal import Clock, Entry, Journal
@@ -36,8 +39,22 @@ from services.tolaria.ports import (
 )
 from services.tolaria.seeds import derive
 
+_LOG: Final = logging.getLogger(__name__)
 #: Longest wait for one kernel under growth.wait_for_kernel, seconds.
 _KERNEL_WAIT_SECONDS: Final = 120.0
+
+
+class UnknownBlueprintError(ValueError):
+    """Nobody offers that blueprint."""
+
+
+_REASONS: Final[Mapping[type[ValueError], Reason]] = {
+    UnknownBlueprintError: Reason.UNKNOWN_BLUEPRINT,
+    UnknownSlotError: Reason.SLOT_NOT_FOUND,
+    SlotUnavailableError: Reason.SLOT_NOT_FREE,
+    UnknownSeedError: Reason.SEED_NOT_FOUND,
+    IllegalTransitionError: Reason.ILLEGAL_TRANSITION,
+}
 
 
 class Witness(Protocol):
@@ -65,6 +82,10 @@ class _Story:
     """What the coordinator must remember beyond the engine's records; part of every checkpoint."""
 
     next_seed: int = 1
+    #: Version of the policy that made the first decision: a run stays with the version it started with.
+    policy: str = ""
+    #: Commands obeyed, and the seed each made: a gateway may pass one on again.
+    commands: dict[str, str] = field(default_factory=dict)
     #: Decision or command that each seed came from: seeds of one origin are grafted together.
     origins: dict[str, str] = field(default_factory=dict)
     #: Seeds that came from a decision of Tamiyo's, and its id.
@@ -153,6 +174,7 @@ class AdaptationCoordinator:
         if candidates:
             answer = self._mesh.decide(
                 observe(situation, self.engine, health, candidates),
+                policy=self._story.policy or self._config.policy,
                 request_id=f"{self._run}-{clock.rollbacks}-{situation.epoch}",
                 deadline=self._config.decision_deadline_seconds,
             )
@@ -162,12 +184,18 @@ class AdaptationCoordinator:
         self._story.blueprints |= entry.content["blueprints"]
         answer = _answer(entry.content["answer"])
         self._witness.decided(answer, entry.clock, epoch)
-        if isinstance(answer, NoDecision) or not answer.plan:
+        if isinstance(answer, NoDecision):
+            return
+        self._story.policy = self._story.policy or answer.policy
+        if not answer.plan:
             return
         with self._adaptation(answer.decision):
             for index, change in enumerate(answer.plan):
-                made = self._germinate(change, f"{answer.decision}-{index}", answer.decision, entry.clock, epoch)
-                if isinstance(made, SeedRecord):
+                try:
+                    made = self._germinate(change, f"{answer.decision}-{index}", answer.decision, entry.clock, epoch)
+                except ValueError as error:
+                    _LOG.warning("%s: %s was not germinated: %s", answer.decision, change.slot, error)
+                else:
                     self._story.decisions[made.seed] = answer.decision
 
     @contextlib.contextmanager
@@ -181,26 +209,21 @@ class AdaptationCoordinator:
     def _span(self, name: str, origin: str) -> contextlib.AbstractContextManager[object]:
         return self._telemetry.span(name, {"esper.origin": origin}, parent=context_from(self._story.traces.get(origin)))
 
-    def _germinate(
-        self, change: PlannedChange, command_id: str, origin: str, clock: Clock, epoch: int
-    ) -> SeedRecord | str:
-        """The new seed, or why there is none: a plan may be stale, a caller may be wrong."""
+    def _germinate(self, change: PlannedChange, command_id: str, origin: str, clock: Clock, epoch: int) -> SeedRecord:
+        """The new seed. Raises ValueError: a plan may be stale, a caller may be wrong."""
         if change.blueprint not in self._story.blueprints:
-            return f"the blueprint {change.blueprint} is not among those that Urza offers for this run"
+            raise UnknownBlueprintError(f"Urza offers no blueprint {change.blueprint!r} for this run")
         blueprint = Blueprint.from_json(self._story.blueprints[change.blueprint])
-        try:
-            record = self.engine.germinate(
-                seed_id=f"seed-{self._story.next_seed}",
-                slot=change.slot,
-                blueprint=blueprint.id,
-                family=blueprint.family,
-                size=change.size,
-                command_id=command_id,
-                step=clock.step,
-                epoch=epoch,
-            )
-        except ValueError as error:
-            return str(error)
+        record = self.engine.germinate(
+            seed_id=f"seed-{self._story.next_seed}",
+            slot=change.slot,
+            blueprint=blueprint.id,
+            family=blueprint.family,
+            size=change.size,
+            command_id=command_id,
+            step=clock.step,
+            epoch=epoch,
+        )
         self._story.next_seed += 1
         self._story.origins[record.seed] = origin
         self._story.interfaces[record.seed] = self.engine.interface(record.slot).to_json()
@@ -234,7 +257,11 @@ class AdaptationCoordinator:
         return changed
 
     def command(self, command: Command, clock: Clock, epoch: int) -> bool:
-        """Journal and apply a caller's adaptation; True if the network changed."""
+        """Journal and apply a caller's adaptation; True if the network changed. The same id twice is one adaptation."""
+        if command.command_id in self._story.commands:
+            seed = self._story.commands[command.command_id]
+            self._witness.answered(CommandResult(command=command, step=clock.step, seed=seed))
+            return False
         blueprints = {item.id: item.to_json() for item in self._mesh.candidates() if item.id == command.blueprint}
         content = {"command": asdict(command), "blueprints": blueprints}
         return self._apply(self._journal.append("command", clock, content), epoch)
@@ -299,26 +326,27 @@ class AdaptationCoordinator:
         command = Command(**{**content, "kind": CommandKind(content["kind"])})
         self._story.blueprints |= entry.content["blueprints"]
         transitions: list[SeedTransition] = []
-        step, refusal, seed = entry.clock.step, "", command.seed
-        if command.kind is CommandKind.GERMINATE:
-            change = PlannedChange(command.slot, command.blueprint, command.size, command.reason)
-            with self._adaptation(command.command_id):
-                made = self._germinate(change, command.command_id, command.command_id, entry.clock, epoch)
-            refusal, seed = (made, "") if isinstance(made, str) else ("", made.seed)
-        else:
-            try:
+        step, seed, refusal = entry.clock.step, command.seed, None
+        try:
+            if command.kind is CommandKind.GERMINATE:
+                change = PlannedChange(command.slot, command.blueprint, command.size, command.reason)
+                with self._adaptation(command.command_id):
+                    seed = self._germinate(change, command.command_id, command.command_id, entry.clock, epoch).seed
+            else:
                 transitions = self.engine.cull(
-                    command.seed, mode=self._config.evaluation.cull, step=step, reason=command.reason
+                    seed, mode=self._config.evaluation.cull, step=step, reason=command.reason or "asked for by a caller"
                 )
-            except ValueError as error:
-                refusal = str(error)
+        except ValueError as error:
+            refusal = error
+        else:
+            self._story.commands[command.command_id] = seed
         self._witness.answered(
             CommandResult(
                 command=command,
                 step=step,
                 seed=seed,
-                error_reason="ADAPTATION_REFUSED" if refusal else "",
-                error_message=refusal,
+                error_reason=_reason_of(refusal) if refusal is not None else "",
+                error_message=str(refusal or ""),
             )
         )
         return self.follow(transitions, epoch)
@@ -374,6 +402,11 @@ class AdaptationCoordinator:
                 self.engine.cull(record.seed, mode="remove", step=step, reason="the run ended before it was settled"),
                 epoch,
             )
+
+
+def _reason_of(error: ValueError) -> str:
+    """The reason of the mesh's table for what the engine refused."""
+    return next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), Reason.BLUEPRINT_DOES_NOT_FIT)
 
 
 _APPLIED_AT_SAFE_POINTS: Final = ("load", "command")

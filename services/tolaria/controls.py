@@ -6,14 +6,12 @@ and augmentation depend on the run's seed alone); each touches the test set once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from services.kasmina.model import LayerChange
 from services.tolaria import rebuild
 from services.tolaria.seeds import derive
 
@@ -21,11 +19,11 @@ ControlName = Literal["host", "bigger"]
 
 
 def builder(
-    name: ControlName, build_host: Callable[[], nn.Module], table: Sequence[LayerChange], seed: int
+    name: ControlName, build_host: Callable[[], nn.Module], changes: Sequence[Mapping[str, Any]], seed: int
 ) -> Callable[[], nn.Module]:
     """How to make a fresh network of control ``name``; ``seed`` is the run's root seed.
 
-    Raises ValueError from the builder for a table that :mod:`services.tolaria.rebuild` cannot follow.
+    Raises ValueError from the builder for changes that :mod:`services.tolaria.rebuild` cannot follow.
     """
     if name == "host":
         return build_host
@@ -33,6 +31,6 @@ def builder(
     def build_bigger() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "initialization", "bigger"))
-            return rebuild.grow(build_host(), [asdict(change) for change in table])
+            return rebuild.grow(build_host(), changes)
 
     return build_bigger

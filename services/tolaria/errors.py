@@ -5,13 +5,24 @@ Each message is for the person who started the run: it names the file, the key o
 
 from __future__ import annotations
 
+from typing import ClassVar
 
-class TolariaError(Exception):
-    """Root of the tree."""
+from services.chassis.errors import EsperError, Reason
+
+
+class TolariaError(EsperError):
+    """Root of the tree; ``REASON`` is each class's row of the table of reasons."""
+
+    REASON: ClassVar[Reason] = Reason.TRAINING_FAILED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=self.REASON)
 
 
 class DataError(TolariaError):
     """A data set cannot be used: missing, damaged, or not of the promised shape."""
+
+    REASON = Reason.DATA_INVALID
 
 
 class DataMissingError(DataError):
@@ -29,13 +40,19 @@ class DownloadError(DataError):
 class FactoryError(TolariaError):
     """A user's factory cannot be imported, failed, or returned something unusable."""
 
+    REASON = Reason.MODEL_INVALID
+
 
 class ModelError(TolariaError):
     """A host network cannot be built from the configuration."""
 
+    REASON = Reason.MODEL_INVALID
+
 
 class CheckpointError(TolariaError):
     """A checkpoint cannot be used: damaged, of another version, or of another run."""
+
+    REASON = Reason.CHECKPOINT_INVALID
 
 
 class CheckpointWriteError(CheckpointError):
@@ -44,6 +61,8 @@ class CheckpointWriteError(CheckpointError):
 
 class JournalError(TolariaError):
     """The run's journal cannot be used, or does not agree with what the run does."""
+
+    REASON = Reason.RUN_FOLDER_INVALID
 
 
 class TrainingFailedError(TolariaError):
@@ -58,3 +77,5 @@ class TestSetTouchedError(TolariaError):
 
 class ExportError(TolariaError):
     """The grown network cannot be exported or rebuilt."""
+
+    REASON = Reason.STORAGE_FAILED

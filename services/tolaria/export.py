@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
+from services.blueprints import families
+from services.blueprints.spec import Blueprint, Interface
 from services.chassis.config.schema import ModelConfig
-from services.kasmina.model import LayerChange
+from services.kasmina.branches import Bridge
+from services.kasmina.engine import GrowthEngine
 from services.tolaria import hosts, rebuild
 from services.tolaria.data.splits import DataSet
 from services.tolaria.errors import ExportError
@@ -27,8 +29,34 @@ from services.tolaria.errors import ExportError
 FORMAT_VERSION: Final = 1
 
 
-def export(model: nn.Module, table: Sequence[LayerChange], folder: Path, config: ModelConfig, data: DataSet) -> Path:
-    """Write the export of ``model`` (no seed under way, all fused) into ``folder``; returns it.
+def changes(engine: GrowthEngine) -> list[dict[str, Any]]:
+    """What growth changed, as :mod:`services.tolaria.rebuild` reads it; branches carry their layers."""
+    state = engine.state()
+    plans = [state["plans"][seed] for seed in state["grafts"] if seed in state["plans"]]
+    rows: list[dict[str, Any]] = []
+    for change in engine.growth_table():
+        row = asdict(change)
+        if change.operation == "branch":
+            plan = plans.pop(0)  # the table has its branches in the order of their grafting
+            blueprint, interface = Blueprint.from_json(plan["blueprint"]), Interface.from_json(plan["interface"])
+            specs = families.check(blueprint).layers(blueprint.parameters, interface, change.after_shape[1])
+            row |= {"layers": [asdict(spec) for spec in specs], "spatial": len(interface.output_shape) == 3}
+        rows.append(row)
+    return rows
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a grown network in plain PyTorch's terms: copies, without the alpha of settled branches."""
+    alphas = {f"{name}.alpha" for name, module in model.named_modules() if isinstance(module, Bridge)}
+    return {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+        if name not in alphas
+    }
+
+
+def export(engine: GrowthEngine, folder: Path, config: ModelConfig, data: DataSet) -> Path:
+    """Write the export of the engine's network (no seed under way) into ``folder``; returns it.
 
     Raises ExportError when it cannot be written.
     """
@@ -45,12 +73,11 @@ def export(model: nn.Module, table: Sequence[LayerChange], folder: Path, config:
             "mean": data.normalization.mean.flatten().tolist(),
             "deviation": data.normalization.deviation.flatten().tolist(),
         },
-        "changes": [asdict(change) for change in table],
+        "changes": changes(engine),
     }
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(tensors, folder / "weights.safetensors")
+        safetensors.torch.save_file(weights(engine.model), folder / "weights.safetensors")
         (folder / "growth.json").write_text(json.dumps(growth, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(rebuild.__file__, folder / "rebuild.py")
         if config.name != "factory":

@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.blueprints.artifact import ArtifactError, Kernel
-from services.kasmina.kernel_cache import KernelCache
+from services.kasmina.kernel_cache import CacheStats, KernelCache
 from services.tolaria.ports import KernelFile, KernelUnavailableError
 
 
@@ -53,3 +53,7 @@ class KernelShelf:
             raise KernelUnavailableError(
                 f"the kernel {digest[:12]} is not in the run folder any more: {error}"
             ) from error
+
+    def stats(self) -> CacheStats:
+        """Figures of the cache."""
+        return self._cache.stats()

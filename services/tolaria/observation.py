@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper.common.v1 import common_pb2
@@ -15,6 +17,7 @@ from services.blueprints.spec import Blueprint, Interface
 from services.blueprints.wire import interface_to_proto
 from services.chassis.config.schema import BudgetConfig
 from services.kasmina.engine import GrowthEngine
+from services.kasmina.kernel_cache import CacheStats
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import (
     Contribution,
@@ -199,6 +202,23 @@ def health_report(run: str, health: HealthReport, epoch: int) -> kasmina_service
     """Health as Kasmina's gateway shows it; ``epoch`` counts from 0."""
     return kasmina_service_pb2.HealthReport(
         run=run_name(run), epoch=epoch, slots=health_to_proto(run, health), measure_time=now()
+    )
+
+
+def cache_to_proto(stats: CacheStats) -> kasmina_service_pb2.CacheStats:
+    """Figures of the kernel cache as Kasmina's gateway shows them."""
+    latency = None
+    if stats.load_seconds is not None:
+        latency = Duration()
+        latency.FromTimedelta(timedelta(seconds=stats.load_seconds))
+    return kasmina_service_pb2.CacheStats(
+        hits=stats.hits,
+        misses=stats.misses,
+        evictions=stats.evictions,
+        kernels=stats.entries,
+        held_bytes=stats.size_bytes,
+        limit_bytes=stats.limit_bytes,
+        load_latency=latency,
     )
 
 

@@ -158,17 +158,17 @@ class Mesh(Protocol):
         ...
 
     def decide(
-        self, observation: observation_pb2.Observation, *, request_id: str, deadline: float
+        self, observation: observation_pb2.Observation, *, policy: str, request_id: str, deadline: float
     ) -> Decision | NoDecision:
-        """Ask Tamiyo. Returns within ``deadline`` seconds."""
+        """Ask Tamiyo's ``policy``: "utilization", or "policies/<p>@<version>". Returns within ``deadline`` seconds."""
         ...
 
     def obtain_kernel(self, target: KernelTarget) -> KernelRequest:
         """Resolve a kernel at Urza, or have Tezzeret compile one; asynchronous."""
         ...
 
-    def report_outcome(self, outcome: outcome_pb2.Outcome) -> None:
-        """Tell Tamiyo and the bus what a seed turned out to be worth."""
+    def report_outcome(self, outcome: outcome_pb2.Outcome, kernel: str) -> None:
+        """Tell Tamiyo what a seed turned out to be worth, and Urza about its ``kernel`` (empty: it had none)."""
         ...
 
     def publish(self, topic: str, key: str, payload: Message) -> None:
@@ -217,7 +217,7 @@ class OfflineMesh:
         return ()
 
     def decide(
-        self, observation: observation_pb2.Observation, *, request_id: str, deadline: float
+        self, observation: observation_pb2.Observation, *, policy: str, request_id: str, deadline: float
     ) -> Decision | NoDecision:
         """Nobody decides."""
         return NoDecision("there is no mesh", 0.0)
@@ -226,7 +226,7 @@ class OfflineMesh:
         """A request that has failed already."""
         return NoKernel()
 
-    def report_outcome(self, outcome: outcome_pb2.Outcome) -> None:
+    def report_outcome(self, outcome: outcome_pb2.Outcome, kernel: str) -> None:
         """Nobody listens."""
 
     def publish(self, topic: str, key: str, payload: Message) -> None:

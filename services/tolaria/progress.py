@@ -16,10 +16,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +134,23 @@ def finite(value: Any) -> Any:
     return value
 
 
+class Pipe(Protocol):
+    """Where messages go: ``services.chassis.process.Progress``."""
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        """Send one object; False where it was dropped."""
+        ...
+
+
+def message_json(message: Progress) -> dict[str, Any]:
+    """``message`` as a JSON object. What is not finite becomes null."""
+    fields = {item.name: finite(getattr(message, item.name)) for item in dataclasses.fields(message)}
+    return {"kind": message.kind, **fields}
+
+
 def encode(message: Progress) -> bytes:
-    """``message`` as one line of JSON, newline included. What is not finite becomes null."""
-    fields = {item.name: getattr(message, item.name) for item in dataclasses.fields(message)}
-    return json.dumps(finite({"kind": message.kind, **fields}), separators=(",", ":")).encode() + b"\n"
+    """``message`` as one line of JSON, newline included."""
+    return json.dumps(message_json(message), separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes | str) -> Progress | None:
@@ -162,23 +174,11 @@ def decode(line: bytes | str) -> Progress | None:
 
 
 class ProgressWriter:
-    """Writes messages to the pipe ``fd``; to nowhere when ``fd`` is None.
+    """Sends messages to the launcher over the job's progress pipe; what does not fit is dropped and counted there."""
 
-    A launcher that is gone must not end the training process from here (the life-line pipe decides that), so a broken
-    pipe makes the writer silent; ``lost`` counts what was not said.
-    """
-
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
-        self.lost = 0
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
 
     def write(self, message: Progress) -> None:
-        """Write one message. Blocks while the pipe is full: the launcher reads it in a thread of its own."""
-        if self._fd is None:
-            return
-        data = encode(message)
-        try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:
-            self.lost += 1
+        """Send one message; never waits."""
+        self._pipe.send(message_json(message))

@@ -11,7 +11,7 @@ Format of the weights: https://github.com/huggingface/safetensors#format
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +28,37 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+_PLAIN = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "flatten": nn.Flatten}
 
 
 class Bridge(nn.Module):
-    """``module`` with branches beside it: all see the same input, the outputs are added."""
+    """``host`` with a branch beside it: both see the same input, the outputs are added.
 
-    def __init__(self, module: nn.Module) -> None:
+    Where the span became wider than the branch, the branch reads and writes the first ``channels`` channels.
+    """
+
+    def __init__(self, host: nn.Module, branch: nn.Module, *, channels: int, spatial: bool) -> None:
         super().__init__()
-        self.module = module
-        self.branches = nn.ModuleDict()
+        self.host = host
+        self.branch = branch
+        self.channels = channels
+        self.spatial = spatial
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The module's output plus that of every branch."""
-        out: Tensor = self.module(inputs)
-        for branch in self.branches.values():
-            out = out + branch(inputs)
-        return out
+        """Shapes are those of ``host``."""
+        outputs: Tensor = self.host(inputs)
+        axis = 1 if self.spatial else inputs.dim() - 1
+        added: Tensor = self.branch(inputs.narrow(axis, 0, self.channels))
+        rest = outputs.shape[axis] - self.channels
+        own = outputs.narrow(axis, 0, self.channels) + added
+        return torch.cat([own, outputs.narrow(axis, self.channels, rest)], axis) if rest else own
 
 
 def grow(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
     """``model`` with its layers replaced by new ones of the shapes in ``changes``, freshly initialized, in place.
 
-    Each change has ``path``, ``operation``, ``before_shape`` and ``after_shape`` (of the weight).
+    Each change has ``path``, ``operation``, ``before_shape`` and ``after_shape`` (of the weight); a branch has its
+    ``layers`` instead and comes after the layers it spans.
     Raises ValueError for a layer that is not there or does not look as it did before growth.
     """
     for change in changes:
@@ -58,9 +66,8 @@ def grow(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
             layer = model.get_submodule(change["path"])
         except AttributeError as error:
             raise ValueError(f"the network has no layer {change['path']}") from error
-        if str(change["operation"]).startswith("branch:"):
-            raise ValueError(f"{change['path']}: {change['operation']} cannot be rebuilt by this version")
-        _replace(model, change["path"], _widened(layer, change))
+        new = _bridged(layer, change) if change["operation"] == "branch" else _widened(layer, change)
+        _replace(model, change["path"], new)
     return model
 
 
@@ -97,6 +104,31 @@ def read_safetensors(path: "str | Path") -> "dict[str, Tensor]":
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
+
+
+def _bridged(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:
+    branch = nn.Sequential()
+    for spec in change["layers"]:
+        branch.add_module(spec["name"], _branch_layer(spec))
+    reference = next(layer.parameters())
+    branch.to(reference.device, reference.dtype)
+    return Bridge(layer, branch, channels=change["after_shape"][0], spatial=change["spatial"]).train(layer.training)
+
+
+def _branch_layer(spec: Mapping[str, Any]) -> nn.Module:
+    operation, inputs, outputs = spec["operation"], spec["inputs"], spec["outputs"]
+    if operation in ("conv2d", "depthwise_conv2d"):
+        side, groups = spec["kernel_size"], inputs if operation == "depthwise_conv2d" else 1
+        return nn.Conv2d(inputs, outputs, side, padding=side // 2, groups=groups, bias=spec["bias"])
+    if operation == "linear":
+        return nn.Linear(inputs, outputs, bias=spec["bias"])
+    normalizations: dict[str, Callable[[int], nn.Module]] = {
+        "batch_norm1d": nn.BatchNorm1d,
+        "batch_norm2d": nn.BatchNorm2d,
+        "layer_norm": nn.LayerNorm,
+        "group_norm": lambda channels: nn.GroupNorm(1, channels),
+    }
+    return normalizations[operation](outputs) if operation in normalizations else _PLAIN[operation]()
 
 
 def _widened(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from esper.events.v1 import events_pb2
-from esper.kasmina.v1 import kasmina_service_pb2, seed_pb2
+from esper.kasmina.v1 import seed_pb2
 from esper.tolaria.v1 import run_pb2
 from services.kasmina.engine import GrowthEngine
+from services.kasmina.kernel_cache import CacheStats
 from services.kasmina.model import Contribution, HealthReport, SeedRecord, SeedTransition
 from services.tolaria import observation
 from services.tolaria.journal import Clock
@@ -64,14 +65,13 @@ def contribution_json(contribution: Contribution | None) -> dict[str, float] | N
 class RunReporter:
     """The witness of one arm. Only the grown arm talks to the bus and to the gateways (its mesh does)."""
 
-    def __init__(
-        self, *, run: str, arm: str, folder: Path, epochs: int, steps: int, mesh: Mesh, progress: ProgressWriter
-    ) -> None:
+    def __init__(self, *, run: str, arm: str, folder: Path, epochs: int, mesh: Mesh, progress: ProgressWriter) -> None:
         self._run = run
         self._arm = arm
         self._folder = folder
         self._epochs = epochs
-        self._steps = steps
+        #: Steps of the whole schedule; the trainer knows.
+        self.steps = 0
         self._mesh = mesh
         self._progress = progress
         #: Lines of the run folder's files that could not be written.
@@ -118,7 +118,7 @@ class RunReporter:
                 arm=self._arm,
                 epoch=epoch,
                 step=step,
-                steps=self._steps,
+                steps=self.steps,
                 loss=loss,
                 learning_rate=rate,
                 steps_per_second=steps_per_second,
@@ -133,7 +133,7 @@ class RunReporter:
         seeds = Counter(str(seed.outcome or seed.state) for seed in engine.seeds())
         shown = asdict(record)
         del shown["training_flops"], shown["growth_flops"]
-        self._progress.write(EpochProgress(**shown, epochs=self._epochs, steps=self._steps, seeds=dict(seeds)))
+        self._progress.write(EpochProgress(**shown, epochs=self._epochs, steps=self.steps, seeds=dict(seeds)))
         metrics = run_pb2.EpochMetrics(
             epoch=record.epoch - 1,
             step=record.step,
@@ -182,9 +182,9 @@ class RunReporter:
         """The network changed, or is new."""
         self._mesh.show(observation.topology(self._run, engine, epoch=epoch, step=step))
 
-    def cache(self, stats: kasmina_service_pb2.CacheStats) -> None:
+    def cache(self, stats: CacheStats) -> None:
         """Figures of the kernel cache."""
-        self._mesh.show(stats)
+        self._mesh.show(observation.cache_to_proto(stats))
 
     # ---- adaptations (adaptation.Witness) --------------------------------------------------------------------------
 
@@ -246,7 +246,8 @@ class RunReporter:
     def ended(self, record: SeedRecord, decision: str) -> None:
         """A seed's life is over."""
         outcome = observation.outcome_to_proto(self._run, record, decision)
-        self._mesh.report_outcome(outcome)
+        kernel = f"blueprints/{record.blueprint}/kernels/{record.kernel[:32]}" if record.kernel else ""
+        self._mesh.report_outcome(outcome, kernel)
         self._mesh.publish("innovation.field_reports", record.blueprint, events_pb2.FieldReported(outcome=outcome))
 
     def answered(self, result: CommandResult) -> None:

@@ -24,7 +24,7 @@ from services.kasmina.engine import GrowthEngine
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import Contribution, HealthReport, Replacement
 from services.tolaria import checkpoint
-from services.tolaria.accounting import Account, CpuClock
+from services.tolaria.accounting import Account, LapClock
 from services.tolaria.adaptation import AdaptationCoordinator
 from services.tolaria.checkpoint import CheckpointStore, State
 from services.tolaria.data.batches import Batches
@@ -32,6 +32,7 @@ from services.tolaria.data.splits import DataSet
 from services.tolaria.errors import CheckpointError, CheckpointWriteError, TrainingFailedError
 from services.tolaria.evaluation import Evaluation, contribution, evaluate
 from services.tolaria.governor import Governor, Instability
+from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Clock, Journal
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.observation import Situation
@@ -55,21 +56,6 @@ _ROLLBACK_STATES: Final = frozenset(
 )
 
 
-class TrainingInterruptedError(Exception):
-    """The run stopped before its end, on somebody's word; its checkpoint is saved."""
-
-
-class Interrupt:
-    """Set by a signal handler or a caller, seen at the next safe point."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def request(self, reason: str) -> None:
-        """Stop at the next safe point; the first reason stays."""
-        self.reason = self.reason or reason
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmResult:
     """What became of one arm. Accuracies in percent; ``flops`` are forward FLOPs of one sample."""
@@ -86,6 +72,7 @@ class ArmResult:
     validation_flops: float
     cpu_seconds: float
     growth_cpu_seconds: float
+    growth_seconds: float
 
 
 def decision_epochs(epochs: int, window: tuple[float, float], decisions: int) -> list[int]:
@@ -178,9 +165,12 @@ class TolariaTrainer:
             on_change=self._network_changed,
         )
 
+        self.shelf = shelf
+
         # Where it writes.
         self.checkpoints = checkpoints
         self.reporter = reporter
+        self.reporter.steps = self.total_steps
         self.telemetry = telemetry
         self.account = Account()
         self.environment = checkpoint.environment(config.training.threads, device.type)
@@ -198,7 +188,7 @@ class TolariaTrainer:
         self.health: HealthReport | None = None
         self._epoch_started = time.perf_counter()
         self._shown = (time.perf_counter(), 0)
-        self._cpu = CpuClock()
+        self._clock = LapClock()
         self._run_trace: str | None = None
 
     # ---- from the first step to the last ---------------------------------------------------------------------------
@@ -287,11 +277,11 @@ class TolariaTrainer:
             self._roll_back(unstable)
             return
         self.accuracies.append(self.validation.accuracy)
-        self._bill_cpu()
+        self._bill_time()
         self._report_epoch(epoch)
         if self.grow:
             self._adapt(epoch)
-        self._bill_cpu(growth=True)
+        self._bill_time(growth=True)
         self.epoch_loss = 0.0
         self._safe_point(epoch_is_over=True)
         if epoch % self.config.training.checkpoint_every_epochs == 0 or self.step == self.total_steps:
@@ -379,14 +369,18 @@ class TolariaTrainer:
             growth_flops=self.account.growth_flops,
         )
         self.reporter.epoch(record, self.engine)
+        if self.shelf is not None:
+            self.reporter.cache(self.shelf.stats())
 
     # ---- safe points -----------------------------------------------------------------------------------------------
 
     def _safe_point(self, *, epoch_is_over: bool = False) -> None:
         """Apply what waits, obey commands, stop if asked to. The state after it is one that a run can go on from."""
         changed = self.coordinator.safe_point(self.clock, self.epoch)
-        for command in self.mesh.commands():
-            changed |= self._obey(command)
+        if not self.journal.replaying:
+            # What callers want now waits until what they wanted before the crash has been met again.
+            for command in self.mesh.commands():
+                changed |= self._obey(command)
         if changed or epoch_is_over:
             # After a graft too: a seed that breaks the training is then found in this state, and blamed.
             self._remember()
@@ -402,7 +396,7 @@ class TolariaTrainer:
             self._pause(command)
         elif command.kind is CommandKind.STOP:
             self.reporter.answered(result)
-            self.interrupt.request(command.reason or "stopped by a caller")
+            self.interrupt.request(command.reason or "stopped by a caller", by_caller=True)
         elif command.kind is CommandKind.CHECKPOINT:
             self.save()
             self.reporter.answered(CommandResult(command=command, step=self.step, checkpoint_step=self.step))
@@ -508,16 +502,19 @@ class TolariaTrainer:
         self.optimizer.sync(self.engine.parameter_groups())
         self.flops = self.engine.flops()
 
-    def resume(self, step: int | None = None) -> None:
-        """Go on from the newest checkpoint, or from that of ``step``, and replay the journal from there.
+    def resume(self) -> None:
+        """Go on from the newest checkpoint (without one: from the beginning) and replay the journal from there.
 
-        Raises CheckpointError when there is none or it belongs to another run.
+        Raises CheckpointError when it is damaged or belongs to another run.
         """
         assert self.checkpoints is not None, "an arm without checkpoints cannot be resumed"
         steps = self.checkpoints.steps()
         if not steps:
-            raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
-        state = self.checkpoints.load(steps[-1] if step is None else step)
+            # It died before its first checkpoint: the journal alone leads it there again.
+            self.journal.position = 0
+            self.reporter.rewind(0)
+            return
+        state = self.checkpoints.load(steps[-1])
         values = state.values
         if (values["run"], values["arm"]) != (self.run, self.arm):
             raise CheckpointError(f"the checkpoint belongs to run {values['run']} ({values['arm']}), not to {self.run}")
@@ -566,7 +563,6 @@ class TolariaTrainer:
         from_step = self.step
         assert self.last_good is not None, "there is a good state from the first step on"
         if self.governor.patience_spent:
-            self.reporter.state(run_pb2.RUN_STATE_FAILED, unstable.reason)
             raise TrainingFailedError(
                 f"training is unstable at step {from_step} ({unstable.reason}) "
                 f"after {self.governor.rollbacks} rollbacks; try a lower training.optimizer.learning_rate"
@@ -613,12 +609,12 @@ class TolariaTrainer:
         self.reporter.state(run_pb2.RUN_STATE_FINISHING, "the schedule is over")
         if self.grow:
             self.coordinator.finish(self.epoch, self.step, self._measure_contributions)
-        self._bill_cpu(growth=True)
+        self._bill_time(growth=True)
         self.validation = self._evaluate()
         self.test_set.unlock()
         test = evaluate(
             self.model,
-            self.test_set.take().to(self.device),
+            self.test_set.take(),
             self.data.normalization,
             batch_size=self.config.data.evaluation_batch_size,
             flops_per_sample=self.flops,
@@ -638,11 +634,12 @@ class TolariaTrainer:
         """Parameters of the network as of now."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def _bill_cpu(self, *, growth: bool = False) -> None:
-        spent = self._cpu.lap()
-        self.account.cpu_seconds += spent
+    def _bill_time(self, *, growth: bool = False) -> None:
+        spent = self._clock.lap()
+        self.account.cpu_seconds += spent.cpu_seconds
         if growth and self.grow:
-            self.account.growth_cpu_seconds += spent
+            self.account.growth_cpu_seconds += spent.cpu_seconds
+            self.account.growth_seconds += spent.seconds
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ What stands in for Tamiyo and Tezzeret here answers at once and by rote; the tes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from services.tolaria import models
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
 from services.tolaria.data.splits import DataSet
+from services.tolaria.interrupt import Interrupt
 from services.tolaria.journal import Journal
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.observation import bare
@@ -44,9 +46,9 @@ from services.tolaria.ports import (
     Picture,
     PlannedChange,
 )
-from services.tolaria.progress import ProgressWriter
+from services.tolaria.progress import Progress, ProgressWriter, decode
 from services.tolaria.reporting import RunReporter
-from services.tolaria.trainer import Interrupt, TolariaTrainer
+from services.tolaria.trainer import TolariaTrainer
 
 WIDEN, BRANCH = families.builtin_blueprints()
 Policy = Callable[[observation_pb2.Observation], Sequence[tuple[str, Blueprint, int]]]
@@ -79,20 +81,19 @@ def compile_kernel(target: KernelTarget, keys: signature.KeyPair) -> KernelFile:
 
 
 class ReadyKernel:
-    """A request that is answered after ``polls`` looks."""
+    """A request that is answered once ``ready`` says so, or somebody waits."""
 
-    def __init__(self, answer: Callable[[], str], polls: int) -> None:
+    def __init__(self, answer: Callable[[], str], ready: Callable[[], bool]) -> None:
         self._answer = answer
-        self._polls = polls
+        self._ready = ready
         self.cancelled = False
 
     @property
     def done(self) -> bool:
-        self._polls -= 1
-        return self._polls < 0
+        return self._ready()
 
     def result(self, timeout: float | None = None) -> str:
-        if self._polls >= 0 and not timeout:
+        if not self._ready() and not timeout:
             raise KernelUnavailableError("it is not there yet")
         return self._answer()
 
@@ -107,7 +108,9 @@ class ScriptedMesh(OfflineMesh):
         self.policy = policy
         self.keys = keys
         self.shelf = shelf
+        #: Safe points until a kernel is there; ``looks`` counts them.
         self.polls = polls
+        self.looks = 0
         self.blueprints: Sequence[Blueprint] = families.builtin_blueprints()
         self.asked: list[observation_pb2.Observation] = []
         self.outcomes: list[outcome_pb2.Outcome] = []
@@ -123,7 +126,7 @@ class ScriptedMesh(OfflineMesh):
         return self.blueprints
 
     def decide(
-        self, observation: observation_pb2.Observation, *, request_id: str, deadline: float
+        self, observation: observation_pb2.Observation, *, policy: str, request_id: str, deadline: float
     ) -> Decision | NoDecision:
         self.asked.append(observation)
         plan = tuple(
@@ -140,9 +143,10 @@ class ScriptedMesh(OfflineMesh):
                 raise KernelUnavailableError(self.refuse_kernels)
             return self.shelf.admit(compile_kernel(target, self.keys))
 
-        return ReadyKernel(answer, self.polls)
+        ready_at = self.looks + self.polls
+        return ReadyKernel(answer, lambda: self.looks >= ready_at)
 
-    def report_outcome(self, outcome: outcome_pb2.Outcome) -> None:
+    def report_outcome(self, outcome: outcome_pb2.Outcome, kernel: str) -> None:
         self.outcomes.append(outcome)
 
     def publish(self, topic: str, key: str, payload: Message) -> None:
@@ -152,6 +156,7 @@ class ScriptedMesh(OfflineMesh):
         self.pictures.append(picture)
 
     def commands(self) -> Sequence[Command]:
+        self.looks += 1
         found, self.waiting_commands = self.waiting_commands, []
         return found
 
@@ -187,6 +192,19 @@ def config_of(**sections: Any) -> EsperConfig:
     return EsperConfig.model_validate(base)
 
 
+class HeardProgress:
+    """Takes what would go to the launcher."""
+
+    def __init__(self) -> None:
+        self.heard: list[Progress] = []
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        decoded = decode(json.dumps(message))
+        assert decoded is not None
+        self.heard.append(decoded)
+        return True
+
+
 class Harness:
     """Everything a trainer needs, in one folder; ``trainer()`` makes one, again after a "crash" too."""
 
@@ -198,6 +216,7 @@ class Harness:
         self.data: DataSet = splits.load(config.data, config.run.seed)
         self.keys = signature.generate_keypair(folder / "keys")
         self.interrupt = Interrupt()
+        self.progress = HeardProgress()
         self.mesh: Mesh = OfflineMesh()
 
     @property
@@ -232,9 +251,8 @@ class Harness:
                 arm=arm,
                 folder=self.folder,
                 epochs=config.training.epochs,
-                steps=0,
                 mesh=self.mesh,
-                progress=ProgressWriter(None),
+                progress=ProgressWriter(self.progress),
             ),
             "telemetry": setup("training", config.telemetry, None, "run-1"),
             "interrupt": self.interrupt,

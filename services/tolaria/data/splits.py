@@ -105,6 +105,16 @@ class DataSet:
         """Shape of one image, [C, H, W] for images."""
         return tuple(self.training.images.shape[1:])
 
+    def to(self, device: torch.device) -> DataSet:
+        """The same on ``device``; the test set follows when it is read."""
+        return DataSet(
+            self.training.to(device),
+            self.validation.to(device),
+            self.normalization.to(device),
+            self.classes,
+            lambda: self.read_test().to(device),
+        )
+
     def locked_test_set(self) -> LockedTestSet:
         """A fresh lock: each arm of a comparison touches the test set once."""
         return LockedTestSet(self.read_test)

@@ -1,0 +1,238 @@
+"""One run from its configuration to its summary: the grown arm, the export, the controls.
+
+What is finished is kept in ``arms.json``, so that a run that dies while a control trains does not touch the grown
+network's test set a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from esper.tolaria.v1 import run_pb2
+from services.blueprints.signature import load_public_key
+from services.chassis.config.schema import EsperConfig
+from services.chassis.files import write_atomically
+from services.chassis.telemetry import Telemetry
+from services.kasmina.kernel_cache import KernelCache
+from services.kasmina.lifecycle import SeedState
+from services.kasmina.model import SeedRecord
+from services.tolaria import controls, models
+from services.tolaria.checkpoint import CheckpointStore
+from services.tolaria.data import splits
+from services.tolaria.errors import ExportError
+from services.tolaria.export import changes, export
+from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
+from services.tolaria.journal import Journal
+from services.tolaria.kernel_shelf import KernelShelf
+from services.tolaria.mesh import MeshClient
+from services.tolaria.ports import Mesh, OfflineMesh
+from services.tolaria.progress import ProgressWriter, StatusProgress, finite
+from services.tolaria.reporting import RunReporter, contribution_json
+from services.tolaria.trainer import TolariaTrainer
+
+ARMS_FILE: Final = "arms.json"
+GROWN: Final = "grown"
+
+
+class Session:
+    """A run that is about to train; made while the services still come up.
+
+    Raises what the data set and the host raise: DataError, ModelError, FactoryError.
+    """
+
+    def __init__(
+        self,
+        config: EsperConfig,
+        run_dir: Path,
+        *,
+        progress: ProgressWriter,
+        interrupt: Interrupt,
+        telemetry: Telemetry,
+        resume: bool,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._run = run_dir.name
+        self._progress = progress
+        self._interrupt = interrupt
+        self._telemetry = telemetry
+        self._resume = resume
+        self._device = _device(config)
+        self._data = splits.load(config.data, config.run.seed).to(self._device)
+        # Once, so that a wrong host is told of before anything is started; each arm builds its own.
+        self._build_host()
+        self._shelf = KernelShelf(
+            run_dir / "kernels",
+            KernelCache(config.growth.kernel_cache_bytes),
+            load_public_key((config.run.state_dir or run_dir / "state") / "keys"),
+        )
+        self._done: dict[str, Any] = self._read_arms() if resume else {}
+
+    def run(self) -> dict[str, Any]:
+        """Train all that is to be trained; returns the summary.
+
+        Raises TrainingInterruptedError for a signal; a caller's StopRun ends in a summary with status "stopped".
+        """
+        incarnation = time.time_ns() // 1_000_000
+        mesh = MeshClient(
+            config=self._config,
+            run=self._run,
+            run_dir=self._run_dir,
+            shelf=self._shelf,
+            telemetry=self._telemetry,
+            incarnation=incarnation,
+        )
+        mesh.start()
+        try:
+            return self._all_arms(mesh)
+        finally:
+            mesh.stop()
+
+    def _all_arms(self, mesh: Mesh) -> dict[str, Any]:
+        trainer = self._trainer(GROWN, mesh, (self._run_dir / "journal.jsonl"))
+        try:
+            if GROWN not in self._done:
+                self._train_grown(trainer)
+            for name in self._config.compare:
+                if name not in self._done:
+                    self._train_control(name)
+        except TrainingInterruptedError as interruption:
+            if not self._interrupt.asked_by_caller:
+                raise
+            return self._summary(trainer, mesh, "stopped", str(interruption))
+        except BaseException as error:
+            trainer.reporter.state(run_pb2.RUN_STATE_FAILED, str(error))
+            raise
+        trainer.reporter.state(run_pb2.RUN_STATE_SUCCEEDED, "ended as planned")
+        return self._summary(trainer, mesh, "succeeded", "")
+
+    def _train_grown(self, trainer: TolariaTrainer) -> None:
+        if self._resume:
+            trainer.resume()
+        self._progress.write(StatusProgress(state="training", message=f"step {trainer.step} of {trainer.total_steps}"))
+        result = trainer.train()
+        self._done[GROWN] = asdict(result)
+        self._done["changes"] = changes(trainer.engine)
+        self._done["growth"] = _growth_summary(trainer)
+        try:
+            folder = export(trainer.engine, self._run_dir / "export", self._config.model, self._data)
+            self._done["export"] = str(folder)
+        except ExportError as error:
+            self._progress.write(StatusProgress(state="finishing", message=str(error)))
+        self._write_arms()
+
+    def _train_control(self, name: controls.ControlName) -> None:
+        self._progress.write(StatusProgress(state="comparing", message=f"training the control {name}"))
+        build = controls.builder(name, self._build_host, self._done["changes"], self._config.run.seed)
+        trainer = self._trainer(name, OfflineMesh(), self._run_dir / f"journal-{name}.jsonl", build_host=build)
+        self._done[name] = asdict(trainer.train())
+        self._write_arms()
+
+    def _build_host(self) -> torch.nn.Module:
+        return models.build_host(self._config.model, self._data, self._config.run.seed)
+
+    def _trainer(self, arm: str, mesh: Mesh, journal: Path, **changes: Any) -> TolariaTrainer:
+        grown = arm == GROWN
+        if not self._resume or not grown:
+            journal.unlink(missing_ok=True)
+        training = self._config.training
+        reporter = RunReporter(
+            run=self._run, arm=arm, folder=self._run_dir, epochs=training.epochs, mesh=mesh, progress=self._progress
+        )
+        arguments: dict[str, Any] = {
+            "config": self._config,
+            "data": self._data,
+            "arm": arm,
+            "run": self._run,
+            "folder": self._run_dir,
+            "build_host": self._build_host,
+            "grow": grown and self._config.growth.enabled,
+            "mesh": mesh,
+            "journal": Journal(journal),
+            "checkpoints": CheckpointStore(self._run_dir / "checkpoints", training.checkpoint_keep) if grown else None,
+            "shelf": self._shelf if grown else None,
+            "reporter": reporter,
+            "telemetry": self._telemetry,
+            "interrupt": self._interrupt,
+            "device": self._device,
+        }
+        return TolariaTrainer(**{**arguments, **changes})
+
+    # ---- what is finished ------------------------------------------------------------------------------------------
+
+    def _read_arms(self) -> dict[str, Any]:
+        path = self._run_dir / ARMS_FILE
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+
+    def _write_arms(self) -> None:
+        write_atomically(self._run_dir / ARMS_FILE, json.dumps(finite(self._done), indent=1) + "\n")
+
+    def _summary(self, trainer: TolariaTrainer, mesh: Mesh, status: str, reason: str) -> dict[str, Any]:
+        """What scripts rely on; what was not measured is null."""
+        arms = {name: self._done[name] for name in (GROWN, "host", "bigger") if name in self._done}
+        growth = self._done.get("growth") or _growth_summary(trainer)
+        counts = mesh.event_counts()
+        grown: dict[str, Any] = arms.get(GROWN, {})
+        return {
+            "run_id": self._run,
+            "run_dir": str(self._run_dir),
+            "status": status,
+            "reason": reason,
+            "epochs": growth["epochs"],
+            "adaptations": growth["adaptations"],
+            "seeds": growth["seeds"],
+            "parameters": {"host": trainer.host_parameters, "final": growth["parameters"]},
+            "flops": {"training": grown.get("training_flops"), "growth": grown.get("growth_flops")},
+            "accuracy": {name: arms.get(name, {}).get("test_accuracy") for name in (GROWN, "host", "bigger")},
+            "events": {"published": counts.published, "dropped": counts.dropped},
+            "arms": arms,
+            "growth_seconds": grown.get("growth_seconds"),
+            "rollbacks": growth["rollbacks"],
+            "export": self._done.get("export"),
+        }
+
+
+def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
+    records = trainer.engine.seeds()
+    ends = [record.outcome for record in records]
+    return {
+        "epochs": trainer.epoch,
+        "parameters": trainer.parameter_count(),
+        "rollbacks": trainer.governor.rollbacks,
+        "adaptations": {
+            "started": len(records),
+            "fossilized": ends.count(SeedState.FOSSILIZED),
+            "culled": ends.count(SeedState.CULLED),
+        },
+        "seeds": [_seed_summary(record) for record in records],
+    }
+
+
+def _seed_summary(record: SeedRecord) -> dict[str, Any]:
+    return {
+        "seed": record.seed,
+        "slot": record.slot,
+        "blueprint": record.blueprint,
+        "family": record.family,
+        "size": record.size,
+        "state": (record.outcome or record.state).value,
+        "contribution": contribution_json(record.contribution),
+        "reason": record.reason,
+    }
+
+
+def _device(config: EsperConfig) -> torch.device:
+    """Where to train, with everything set that makes two runs equal."""
+    wanted = config.training.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(config.training.threads)
+    # On a GPU some backward passes have no deterministic form: they warn, and the run goes on.
+    torch.use_deterministic_algorithms(True, warn_only=wanted == "cuda")
+    return torch.device(wanted)
