@@ -35,7 +35,7 @@ class Bridge(nn.Module):
         host: The module that stood here before.
         branch: What is added to its output.
         head: Head of the branch's own loss; ``None`` once it is blended in.
-        alpha: Share of the branch, a 0-d buffer (a Python number would recompile compiled graphs).
+        alpha: Share of the branch, a 0-d buffer (a Python number would recompile compiled graphs); gone once settled.
         off: Skip the branch: exactly the network without it.
     """
 
@@ -80,6 +80,11 @@ class Bridge(nn.Module):
         self.head = None
         self.logits = None
         self.mode = BridgeMode.BLENDED
+
+    def settle(self) -> None:
+        """The branch stays for good: it is simply added, and alpha is no longer part of the network's state."""
+        self._share = 1.0
+        self._buffers.pop("alpha", None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The host's output, plus alpha times the branch's where it is blended in. Shapes are the host's."""

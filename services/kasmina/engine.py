@@ -223,8 +223,16 @@ class GrowthEngine:
         return frozenset(self._quarantined)
 
     def growth_table(self) -> list[LayerChange]:
-        """What growth changed so far: layer, from, to."""
-        return self._network.changes()
+        """What growth changed so far: widened layers in forward order, then branches in the order of their grafting."""
+        rows = self._network.changes()
+        for record in self._bridged():
+            plan = self._plans[record.seed]
+            channels = channels_of(plan.interface.output_shape)
+            layers = families.FAMILIES[record.family].layers(plan.blueprint.parameters, plan.interface, record.size)
+            path = self._analysis.spans[record.slot].path
+            shape = (channels, record.size, channels)
+            rows.append(LayerChange(path, f"branch:{record.family}", (), shape, layers))
+        return rows
 
     def health_samples_needed(self) -> int:
         """Images that a health measurement needs so that no slot stays unmeasured."""
@@ -535,6 +543,8 @@ class GrowthEngine:
         record = self._records[seed_id]
         self._move(seed_id, SeedState.FOSSILIZED, step, reason)
         self._update(seed_id, outcome=SeedState.FOSSILIZED, alpha=1.0)
+        if record.slot in self._analysis.spans:
+            self._bridge_of(seed_id).settle()
         return self._with_replaced(self._fuse_settled(record.slot))
 
     def _fuse_settled(self, slot: str) -> list[Replacement]:
@@ -713,6 +723,8 @@ class GrowthEngine:
         if record.state is SeedState.TRAINING:
             bridge.isolate(self._outputs, _generator("head", self._seed, record.seed))
         bridge.set_share(record.alpha)
+        if record.state is SeedState.FOSSILIZED:
+            bridge.settle()
         self._network.bridge(record.seed, record.slot, record.size, bridge)
         self._apply_freeze(record.seed)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -261,12 +262,34 @@ def _trace(model: nn.Module) -> tuple[fx.GraphModule | None, dict[str, str]]:
     while True:
         tracer = _Tracer(frozenset(opaque))
         try:
-            return fx.GraphModule(model, tracer.trace(model)), opaque
+            graph = tracer.trace(model)
         except Exception as error:  # noqa: BLE001 - the host's forward is foreign code: whatever it raises, it cannot be traced
             reason = f"cannot be traced: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             if tracer.failed is None:
                 return None, opaque | {"": reason}
             opaque[tracer.failed] = reason
+            continue
+        if not _trains_alike(model, graph, frozenset(opaque)):
+            return None, opaque | {"": "its forward does other things in training than in evaluation"}
+        return fx.GraphModule(model, graph), opaque
+
+
+def _trains_alike(model: nn.Module, graph: fx.Graph, opaque: frozenset[str]) -> bool:
+    """Whether the host calls the same layers and functions in training mode; it is in evaluation mode afterwards."""
+    model.train()
+    try:
+        training = _Tracer(opaque).trace(model)
+    except Exception:  # noqa: BLE001 - foreign code again: it traced in evaluation mode and does not in training mode
+        return False
+    finally:
+        model.eval()
+
+    def calls(traced: fx.Graph) -> list[tuple[str, str, int]]:
+        # Tensors that the code makes are numbered as they come, over both traces.
+        names = [(node, re.sub(r"^_tensor_constant\d+$", "constant", str(node.target))) for node in traced.nodes]
+        return [(node.op, name, len(node.all_input_nodes)) for node, name in names]
+
+    return calls(training) == calls(graph)
 
 
 # ------------------------------------------------------------------ channel variables
@@ -702,7 +725,12 @@ def analyze(model: nn.Module, example: Tensor) -> Analysis:
     batch = example[:2]
     with undisturbed(model, batch.device):
         calls = _observe(model, batch)
-        traced, refused = _trace(model)
+        attributes = set(model.__dict__)
+        try:
+            traced, refused = _trace(model)
+        finally:
+            for name in set(model.__dict__) - attributes:  # fx leaves tensors that the code makes on the module
+                delattr(model, name)
         run: _Propagation | None = None
         if traced is not None:
             run = _Propagation(traced, _unfit(model, calls) | refused)

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from services.blueprints.spec import SlotKind
+from services.blueprints.vocabulary import LayerSpec
 from services.kasmina.lifecycle import SeedState
 
 if TYPE_CHECKING:
@@ -125,12 +126,16 @@ class LayerChange:
         operation: Operation of the layer, or ``branch:<family>``.
         before_shape: Shape of its weight before any growth; empty for a branch.
         after_shape: Shape of its weight now; for a branch (input channels, inner width, output channels).
+        layers: Layers of a branch in forward order, enough to build it again. It reads and writes the first
+            channels of the module at ``path``, whose tensors are under ``<path>.host`` then, its own under
+            ``<path>.branch.<layer>``; a second branch on the same path stands around the first.
     """
 
     path: str
     operation: str
     before_shape: tuple[int, ...]
     after_shape: tuple[int, ...]
+    layers: tuple[LayerSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

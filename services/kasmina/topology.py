@@ -182,17 +182,12 @@ class GrowingNetwork:
         return None
 
     def changes(self) -> list[LayerChange]:
-        """What growth changed so far, in forward order, branches last."""
-        rows = [
+        """Layers that were widened so far, in forward order."""
+        return [
             LayerChange(path, site.operation.value, self._original[path], self.weight_shape(path))
             for path, site in self.analysis.sites.items()
             if self.weight_shape(path) != self._original[path]
         ]
-        for graft in self.grafts.values():
-            if graft.bridge is not None:
-                shape = (graft.bridge.channels, graft.size, graft.bridge.channels)
-                rows.append(LayerChange(self.analysis.spans[graft.slot].path, "branch", (), shape))
-        return rows
 
     # -------------------------------------------------- growing
 

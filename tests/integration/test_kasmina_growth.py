@@ -269,6 +269,20 @@ def test_the_scenario_passes_through_every_state_that_a_checkpoint_can_meet(unin
     assert met == set(SeedState) - {SeedState.CANCELLED, SeedState.ROLLED_BACK}
 
 
+@pytest.mark.parametrize(("host", "span"), SPANS)
+def test_growth_works_in_mixed_precision(host: type[nn.Module], span: str) -> None:
+    model = fresh(host)
+    engine = engine_for(model)
+    loop = Loop(model, engine)
+    loop.sync(graft(engine, span, 2, "b"))
+    loop.sync(graft(engine, engine.slots()[0].name, 2, "w"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        done = loop.train(9)
+    assert done[-1].to_state is SeedState.EVALUATING
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
 # ------------------------------------------------------------------ export
 
 

@@ -151,7 +151,11 @@ def test_a_branch_walks_the_whole_path_by_its_steps() -> None:
     assert (end.to_state, end.replaced) == (S.FOSSILIZED, ())
     assert [group.name for group in engine.parameter_groups()] == ["host"]
     [row] = engine.growth_table()
-    assert (row.path, row.operation, row.after_shape) == ("groups.1", "branch", (4, 2, 4))
+    assert (row.path, row.operation, row.after_shape) == ("groups.1", "branch:residual_bottleneck", (4, 2, 4))
+    assert [layer.name for layer in row.layers] == ["reduce", "activation", "expand"]
+    tensors = {name for name in model.state_dict() if name.startswith("groups.1.") and ".host." not in name}
+    assert tensors == {f"groups.1.branch.{name}" for layer in row.layers for name in layer.tensor_shapes()}
+    assert json.loads(json.dumps(dataclasses.asdict(row)))["layers"][0]["operation"] == "conv2d"
     loop.sync([end])
     loop.train(1)
     assert engine.slot_status(SPAN, 0).occupancy is SlotOccupancy.FREE

@@ -337,6 +337,35 @@ def test_an_untraceable_network_has_no_widths_but_keeps_its_spans_and_costs() ->
     assert total == sum(parameter.numel() for parameter in Whole(Block(4, 4)).parameters())
 
 
+def test_tracing_leaves_nothing_on_the_host() -> None:
+    model = Forward(lambda x: x + torch.ones(1))
+    attributes = set(model.__dict__)
+    assert "conv1" in look(model).slots
+    assert set(model.__dict__) == attributes
+
+
+def test_a_forward_that_differs_between_training_and_evaluation_is_refused() -> None:
+    class Auxiliary(Forward):
+        def forward(self, values: Tensor) -> Tensor:
+            out: Tensor = super().forward(values)
+            return out + self.head(values.flatten(1)[:, :6]) if self.training else out
+
+    class Failing(Forward):
+        def forward(self, values: Tensor) -> Tensor:
+            if self.training and values.sum() > 0:
+                return values
+            return super().forward(values)
+
+    for model in (Auxiliary(nn.ReLU()), Failing(nn.ReLU())):
+        model.eval()
+        found = look(model)
+        assert found.slots == {}
+        assert found.refused == {"": "its forward does other things in training than in evaluation"}
+        assert not any(module.training for module in model.modules())
+    dropout = Forward(lambda x: F.dropout(x, 0.5))
+    assert "conv1" in look(dropout).slots
+
+
 def test_spans_are_modules_that_hold_layers_and_map_one_tensor_to_one() -> None:
     assert list(look(ResidualNet()).spans)[-3:] == ["span:stage1.0", "span:stage1.1", "span:stage2"]
     spans = look(PlainNet()).spans
