@@ -101,10 +101,10 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
         y = y_axis.at(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3:.1f}" text-anchor="end">{_short(tick)}</text>')
-    for tick in x_axis.ticks:
-        parts.append(
-            f'<text class="tick" x="{x_axis.at(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>'
-        )
+    parts += [
+        f'<text class="tick" x="{x_axis.at(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>'
+        for tick in x_axis.ticks
+    ]
     middle = (_LEFT + right) / 2
     parts.append(f'<text class="label" x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="label" x="{_LEFT}" y="{_TOP - 4}">{escape(y_label)}</text>')
