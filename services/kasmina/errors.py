@@ -23,9 +23,5 @@ class CommandConflictError(GrowthError):
     """The command id was used before for something else."""
 
 
-class QueueFullError(GrowthError):
-    """As many commands as allowed wait for a safe point."""
-
-
 class TopologyError(GrowthError):
     """A saved topology does not fit this host or this version."""

@@ -1,10 +1,9 @@
-"""Commands that wait for a safe point, and kernels at hand."""
+"""Kernels at hand: verified first, least recently used ones leave first."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,85 +20,8 @@ from services.blueprints.artifact import (
 from services.blueprints.digest import sha256
 from services.blueprints.spec import Blueprint, Interface, LayerInterface, SlotKind
 from services.blueprints.vocabulary import Operation
-from services.kasmina.commands import Command, CommandQueue, CommandState
-from services.kasmina.errors import CommandConflictError, QueueFullError
 from services.kasmina.kernel_cache import KernelCache
 
-
-def command(number: int, **arguments: str | int) -> Command:
-    return Command(f"c{number}", "germinate", arguments or {"slot": "a", "size": number})
-
-
-def test_commands_are_handed_out_once_in_order_and_settled() -> None:
-    queue = CommandQueue(limit=4)
-    for number in range(3):
-        assert queue.submit(command(number)).state is CommandState.QUEUED
-    assert [handed.command_id for handed in queue.drain()] == ["c0", "c1", "c2"]
-    assert queue.drain() == []
-    receipt = queue.complete("c0", step=7, seed="s1")
-    assert (receipt.state, receipt.step, receipt.seed) == (CommandState.APPLIED, 7, "s1")
-    assert queue.complete("c1", step=7, error="the slot is locked").state is CommandState.REFUSED
-    assert queue.get("c0") == receipt
-    assert queue.get("c9") is None
-
-
-def test_the_same_command_twice_is_one_and_another_under_its_id_is_refused() -> None:
-    queue = CommandQueue(limit=4)
-    first = queue.submit(command(1))
-    assert queue.submit(command(1)) == first
-    queue.drain()
-    queue.complete("c1", step=1)
-    assert queue.submit(command(1)).state is CommandState.APPLIED
-    assert queue.drain() == []
-    with pytest.raises(CommandConflictError, match="c1"):
-        queue.submit(command(1, slot="b"))
-
-
-def test_only_a_waiting_command_can_be_cancelled() -> None:
-    queue = CommandQueue(limit=4)
-    queue.submit(command(1))
-    queue.submit(command(2))
-    assert queue.cancel("c1").state is CommandState.CANCELLED
-    assert [handed.command_id for handed in queue.drain()] == ["c2"]
-    late = queue.cancel("c2")
-    assert late.state is CommandState.QUEUED
-    assert late.handed_out
-    with pytest.raises(KeyError):
-        queue.cancel("c9")
-
-
-def test_the_queue_and_its_memory_are_bounded() -> None:
-    queue = CommandQueue(limit=2, remembered=3)
-    queue.submit(command(0))
-    queue.submit(command(1))
-    with pytest.raises(QueueFullError, match="2 commands"):
-        queue.submit(command(2))
-    assert queue.refused_full == 1
-    for number in range(10):
-        queue.submit(command(number))
-        queue.drain()
-        queue.complete(f"c{number}", step=number)
-    assert [number for number in range(10) if queue.get(f"c{number}")] == [7, 8, 9]
-
-
-def test_many_threads_submit_and_nothing_is_lost_or_doubled() -> None:
-    queue = CommandQueue(limit=1000)
-    handed: list[str] = []
-
-    def submit() -> None:
-        for number in range(100):
-            queue.submit(command(number))
-
-    threads = [threading.Thread(target=submit) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        handed += [one.command_id for one in queue.drain()]
-    handed += [one.command_id for one in queue.drain()]
-    assert sorted(handed) == sorted(f"c{number}" for number in range(100))
-
-
-# ------------------------------------------------------------------ kernels
 
 WIDEN = Blueprint("widen", {}, families.FAMILIES["widen"].initialization)
 
@@ -174,6 +96,6 @@ def test_what_is_not_vouched_for_is_never_parsed_nor_kept(keys: signature.KeyPai
 
 
 def test_the_torch_free_half_imports_no_torch() -> None:
-    modules = ("lifecycle", "model", "errors", "commands", "kernel_cache")
+    modules = ("lifecycle", "model", "errors", "kernel_cache")
     code = "import sys\n" + "".join(f"import services.kasmina.{name}\n" for name in modules)
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, timeout=60)
