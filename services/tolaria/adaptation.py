@@ -96,8 +96,8 @@ class _Story:
     interfaces: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: W3C traceparent of each origin: the spans of an adaptation are one trace, however long it takes.
     traces: dict[str, str] = field(default_factory=dict)
-    #: Ends reported already.
-    ended: list[str] = field(default_factory=list)
+    #: Seeds whose end was told, and why they ended: a free slot makes the engine forget that.
+    ended: dict[str, str] = field(default_factory=dict)
 
 
 class AdaptationCoordinator:
@@ -318,7 +318,8 @@ class AdaptationCoordinator:
                 with self._span("graft", self._story.origins[seed]):
                     transitions += self.engine.load(seed, kernel, step=step, digest=digest, epoch=epoch)
         for seed in (*entry.content["failed"], *entry.content["kernels"]):
-            self._requests.pop(seed, None)
+            if (request := self._requests.pop(seed, None)) is not None:
+                request.cancel()
         return self.follow(transitions, epoch)
 
     def _apply_command(self, entry: Entry, epoch: int) -> bool:
@@ -362,9 +363,13 @@ class AdaptationCoordinator:
         records = {record.seed: record for record in self.engine.seeds()}
         for seed in dict.fromkeys(transition.seed for transition in transitions):
             if records[seed].outcome is not None and seed not in self._story.ended:
-                self._story.ended.append(seed)
+                self._story.ended[seed] = records[seed].reason
                 self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
         return True
+
+    def reason(self, record: SeedRecord) -> str:
+        """Why a seed is what it is, or how it ended."""
+        return self._story.ended.get(record.seed, record.reason)
 
     def alive(self) -> list[SeedRecord]:
         """Seeds under way: neither fossilized nor gone."""

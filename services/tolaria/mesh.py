@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc.aio
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from esper.kasmina.v1 import (
@@ -457,13 +456,21 @@ def _decision(answer: decision_pb2.Decision, latency_ms: float) -> Decision:
             PlannedChange(bare(change.slot), bare(change.blueprint), change.size, change.reason)
             for change in answer.plan
         ),
-        evidence=tuple(
-            {**MessageToDict(item, preserving_proto_field_name=True), "slot": bare(item.slot)}
-            for item in answer.evidence
-        ),
+        evidence=tuple(_evidence(item) for item in answer.evidence),
         explanation=answer.explanation,
         latency_ms=latency_ms,
     )
+
+
+def _evidence(item: decision_pb2.SlotEvidence) -> dict[str, Any]:
+    return {
+        "slot": bare(item.slot),
+        "width": item.width,
+        "planned_width": item.planned_width,
+        "need": item.need if item.HasField("need") else None,
+        "chosen": item.chosen,
+        "reason": item.reason,
+    }
 
 
 def _milliseconds_since(started: float) -> float:

@@ -210,11 +210,11 @@ def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
             "fossilized": ends.count(SeedState.FOSSILIZED),
             "culled": ends.count(SeedState.CULLED),
         },
-        "seeds": [_seed_summary(record) for record in records],
+        "seeds": [_seed_summary(record, trainer.coordinator.reason(record)) for record in records],
     }
 
 
-def _seed_summary(record: SeedRecord) -> dict[str, Any]:
+def _seed_summary(record: SeedRecord, reason: str) -> dict[str, Any]:
     return {
         "seed": record.seed,
         "slot": record.slot,
@@ -223,7 +223,7 @@ def _seed_summary(record: SeedRecord) -> dict[str, Any]:
         "size": record.size,
         "state": (record.outcome or record.state).value,
         "contribution": contribution_json(record.contribution),
-        "reason": record.reason,
+        "reason": reason,
     }
 
 

@@ -250,7 +250,7 @@ class TolariaTrainer:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
         if own_loss is not None:
-            own_loss.backward()
+            own_loss.backward()  # type: ignore[no-untyped-call]  # as above
         self.optimizer.step(self.step)
         self.step += 1
         self.epoch_loss += value
