@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -296,3 +297,64 @@ def test_a_grown_network_exports_like_any_other(host: type[nn.Module]) -> None:
     model.eval()
     program = torch.export.export(model, (images(),)).module()
     assert torch.allclose(program(images()), model(images()), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ any order of events
+
+
+@pytest.mark.parametrize("host", [Bridgeable, ResidualNet, DepthwiseNet])
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_events_keeps_costs_outputs_and_resumes_exact(host: type[nn.Module], seed: int) -> None:
+    chance = random.Random(seed)
+    model = fresh(host)
+    engine = engine_for(model, **SHORT)
+    loop = Loop(model, engine)
+    for number in range(24):
+        loop.sync(engine.expire(number))
+        alive = [record for record in engine.seeds() if record.seed in {g.name for g in engine.parameter_groups()}]
+        slot = chance.choice([slot.name for slot in engine.slots()])
+        fits = not slot.startswith("span:") or engine.interface(slot).input_shape == engine.interface(slot).output_shape
+        action = chance.choice(["graft", "graft", "train", "keep", "cull", "resume"])
+        if action == "graft" and fits and engine.slot_status(slot, number).occupancy == "free":
+            model.eval()
+            before = model(images())
+            kernel = kernel_for(engine.interface(slot), 1 + number % 3)
+            blueprint = kernel.manifest.blueprint
+            engine.germinate(
+                seed_id=f"s{number}",
+                slot=slot,
+                blueprint=blueprint.id,
+                family=blueprint.family,
+                size=kernel.manifest.size,
+                command_id=f"c{number}",
+                step=loop.step,
+                epoch=number,
+            )
+            loop.sync(engine.load(f"s{number}", kernel, step=loop.step))
+            assert torch.allclose(before, model.eval()(images()), rtol=0, atol=1e-5)
+        elif action == "keep":
+            for due in engine.due_for_evaluation(number):
+                loop.sync(engine.record_contribution(due, worth(), step=loop.step, epoch=number))
+        elif action == "cull" and alive:
+            chosen = chance.choice(alive)
+            if chosen.state in {SeedState.TRAINING, SeedState.GRAFTING, SeedState.EVALUATING, SeedState.FINE_TUNING}:
+                with engine.without([chosen.seed]):
+                    expected = model.eval()(images())
+                loop.sync(engine.cull(chosen.seed, step=loop.step, reason="a test"))
+                # A removal may let an older seed be fused, which adds up in another order.
+                assert torch.allclose(expected, model.eval()(images()), rtol=0, atol=1e-5)
+        elif action == "resume":
+            other = fresh(host, seed=50)
+            again = resume(save(loop), Loop(other, engine_for(other, **SHORT)))
+            assert torch.equal(model.eval()(images()), other.eval()(images()))
+            loop, model = again, other
+            assert loop.engine is not None
+            engine = loop.engine
+        loop.train(1)
+        heads = sum(p.numel() for m in model.modules() if isinstance(m, Bridge) and m.head for p in m.head.parameters())
+        assert engine.parameters() + heads == sum(parameter.numel() for parameter in model.parameters())
+        owned = [parameter for group in engine.parameter_groups() for parameter in group.parameters]
+        assert len(owned) == len({id(parameter) for parameter in owned}) == len(list(model.parameters()))
+
+
+SHORT = {"isolation_steps": 1, "blend_steps": 2, "stabilization_steps": 1, "fine_tuning_steps": 1}

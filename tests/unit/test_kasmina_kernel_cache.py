@@ -22,7 +22,6 @@ from services.blueprints.spec import Blueprint, Interface, LayerInterface, SlotK
 from services.blueprints.vocabulary import Operation
 from services.kasmina.kernel_cache import KernelCache
 
-
 WIDEN = Blueprint("widen", {}, families.FAMILIES["widen"].initialization)
 
 
