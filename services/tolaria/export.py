@@ -17,8 +17,6 @@ from typing import Any, Final
 import safetensors.torch
 from torch import Tensor, nn
 
-from services.blueprints import families
-from services.blueprints.spec import Blueprint, Interface
 from services.chassis.config.schema import ModelConfig
 from services.kasmina.branches import Bridge
 from services.kasmina.engine import GrowthEngine
@@ -30,19 +28,8 @@ FORMAT_VERSION: Final = 1
 
 
 def changes(engine: GrowthEngine) -> list[dict[str, Any]]:
-    """What growth changed, as :mod:`services.tolaria.rebuild` reads it; branches carry their layers."""
-    state = engine.state()
-    plans = [state["plans"][seed] for seed in state["grafts"] if seed in state["plans"]]
-    rows: list[dict[str, Any]] = []
-    for change in engine.growth_table():
-        row = asdict(change)
-        if change.operation == "branch":
-            plan = plans.pop(0)  # the table has its branches in the order of their grafting
-            blueprint, interface = Blueprint.from_json(plan["blueprint"]), Interface.from_json(plan["interface"])
-            specs = families.check(blueprint).layers(blueprint.parameters, interface, change.after_shape[1])
-            row |= {"layers": [asdict(spec) for spec in specs], "spatial": len(interface.output_shape) == 3}
-        rows.append(row)
-    return rows
+    """What growth changed, as :mod:`services.tolaria.rebuild` reads it."""
+    return [asdict(change) for change in engine.growth_table()]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

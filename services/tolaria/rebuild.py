@@ -66,7 +66,7 @@ def grow(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
             layer = model.get_submodule(change["path"])
         except AttributeError as error:
             raise ValueError(f"the network has no layer {change['path']}") from error
-        new = _bridged(layer, change) if change["operation"] == "branch" else _widened(layer, change)
+        new = _bridged(layer, change) if change.get("layers") else _widened(layer, change)
         _replace(model, change["path"], new)
     return model
 
@@ -110,9 +110,10 @@ def _bridged(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:
     branch = nn.Sequential()
     for spec in change["layers"]:
         branch.add_module(spec["name"], _branch_layer(spec))
+    spatial = any(spec["operation"].endswith("2d") for spec in change["layers"])
     reference = next(layer.parameters())
     branch.to(reference.device, reference.dtype)
-    return Bridge(layer, branch, channels=change["after_shape"][0], spatial=change["spatial"]).train(layer.training)
+    return Bridge(layer, branch, channels=change["after_shape"][0], spatial=spatial).train(layer.training)
 
 
 def _branch_layer(spec: Mapping[str, Any]) -> nn.Module:

@@ -234,5 +234,6 @@ def _device(config: EsperConfig) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(config.training.threads)
     # On a GPU some backward passes have no deterministic form: they warn, and the run goes on.
-    torch.use_deterministic_algorithms(True, warn_only=wanted == "cuda")
+    # Not torch.use_deterministic_algorithms, which means the same and imports the compiler for it: seconds.
+    torch.set_deterministic_debug_mode("warn" if wanted == "cuda" else "error")
     return torch.device(wanted)

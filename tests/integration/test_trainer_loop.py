@@ -1,0 +1,743 @@
+"""The training loop against the growth engine: exactness, growth, faults; kernels are real, the mesh is scripted."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from esper.tamiyo.v1 import observation_pb2
+from esper.tolaria.v1 import run_pb2
+from services.blueprints.spec import Blueprint
+from services.kasmina.lifecycle import SeedState
+from services.tolaria import controls, models
+from services.tolaria.checkpoint import CheckpointStore
+from services.tolaria.errors import CheckpointError, JournalError, TestSetTouchedError, TrainingFailedError
+from services.tolaria.export import changes, export
+from services.tolaria.interrupt import TrainingInterruptedError
+from services.tolaria.journal import Clock, Journal
+from services.tolaria.ports import Command, CommandKind, NoDecision, OfflineMesh
+from services.tolaria.progress import DecisionProgress, SeedProgress, StatusProgress
+from services.tolaria.schedule import Schedule
+from services.tolaria.seeds import derive
+from services.tolaria.trainer import TolariaTrainer, decision_epochs
+from tests.integration.trainer_harness import (
+    BRANCH,
+    WIDEN,
+    Harness,
+    Policy,
+    config_of,
+    grow_once,
+    same,
+    weights,
+)
+
+ONCE = grow_once(("groups.0.conv1", WIDEN, 2), ("groups.1.conv1", WIDEN, 3))
+#: Keeps whatever was measured, so that what is tested does not depend on luck with 40 images.
+KEEP = {"threshold": -100.0, "min_epochs": 1}
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.set_num_threads(1)
+    torch.set_deterministic_debug_mode("error")
+
+
+def keep_config(**growth: Any) -> Any:
+    return config_of(growth={"evaluation": KEEP, **growth})
+
+
+# ---- exactness ---------------------------------------------------------------------------------------------------
+
+
+def bare_loop(harness: Harness) -> dict[str, torch.Tensor]:
+    """The same training in plain PyTorch: no engine, no trainer, no optimizer wrapper."""
+    from services.tolaria.data.batches import Batches
+
+    config = harness.config
+    model = harness.build_host().train()
+    batches = Batches(harness.data.training, harness.data.normalization, config.data, config.run.seed)
+    settings = config.training.optimizer
+    total = config.training.epochs * batches.per_epoch
+    schedule = Schedule.of(settings, total)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=settings.momentum, nesterov=True, weight_decay=settings.weight_decay
+    )
+    torch.manual_seed(derive(config.run.seed, "training"))
+    for step in range(total):
+        batch = batches.at(step // batches.per_epoch, step % batches.per_epoch)
+        loss = F.cross_entropy(model(batch.images), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_without_growth_it_equals_a_bare_loop_bit_for_bit(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer(grow=False, mesh=OfflineMesh())
+    trainer.train()
+    assert same(weights(trainer), bare_loop(harness))
+
+
+def test_deciding_nothing_equals_a_bare_loop_bit_for_bit(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    trainer.train()
+    assert len(harness.scripted.asked) == 2
+    assert same(weights(trainer), bare_loop(harness))
+
+
+def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        trainer = Harness(tmp_path / name, keep_config(), ONCE).trainer()
+        result = trainer.train()
+        found.append((weights(trainer), result.test_accuracy, result.training_flops))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+
+
+def test_a_seed_whose_kernel_never_comes_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(growth={"kernel_timeout_epochs": 2}), ONCE, polls=10**9)
+    trainer = harness.trainer()
+    trainer.train()
+    assert {record.outcome for record in trainer.engine.seeds()} == {SeedState.CANCELLED}
+    assert same(weights(trainer), bare_loop(harness))
+
+
+# ---- growth ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_grafted_judged_and_fossilized(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, keep_config(), ONCE)
+    trainer = harness.trainer()
+    host_parameters = trainer.host_parameters
+    result = trainer.train()
+    records = trainer.engine.seeds()
+    assert [record.state for record in records] == [SeedState.FOSSILIZED] * 2
+    assert all(record.contribution is not None for record in records)
+    # Applied together: at one step, at a safe point after the decision.
+    assert len({record.birth_step for record in records}) == 1
+    assert result.parameters > host_parameters
+    assert result.growth_flops > 0
+    assert [group.name for group in trainer.engine.parameter_groups()] == ["host"]
+    # Newborns that were fused kept their momentum.
+    assert all(name.startswith("host/") for name in trainer.optimizer.state())
+    mesh = harness.scripted
+    assert [outcome.state for outcome in mesh.outcomes] == [9, 9]
+    assert [outcome.decision for outcome in mesh.outcomes] == ["decisions/decision-run-1-0-1"] * 2
+    topics = {topic for topic, _ in mesh.events}
+    assert topics >= {
+        "telemetry.seed.health",
+        "telemetry.seed.transitions",
+        "innovation.field_reports",
+        "system.events.epoch",
+    }
+    told = [message.to_state for message in harness.progress.heard if isinstance(message, SeedProgress)]
+    assert told == ["GERMINATED"] * 2 + ["LOADING", "GRAFTING", "EVALUATING"] * 2 + ["FOSSILIZED"] * 2
+    lineage = json.loads((tmp_path / "lineage.json").read_text())
+    assert [seed["state"] for seed in lineage["seeds"]] == ["FOSSILIZED"] * 2
+    # Every epoch once, and the decision with its plan.
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert [len(decision["plan"]) for decision in decisions] == [2, 0]
+
+
+def test_a_branch_walks_its_whole_path(tmp_path: Path) -> None:
+    growth = {"isolation_steps": 6, "blend_steps": 6, "stabilization_steps": 3, "fine_tuning_steps": 4}
+    config = config_of(model={"widths": [3, 3, 3]}, growth={"evaluation": KEEP, **growth})
+    harness = Harness(tmp_path, config, grow_once(("span:groups.2", BRANCH, 2)))
+    trainer = harness.trainer()
+    trainer.train()
+    (record,) = trainer.engine.seeds()
+    assert record.state is SeedState.FOSSILIZED, record.reason
+    told = [message.to_state for message in harness.progress.heard if isinstance(message, SeedProgress)]
+    assert told == [
+        "GERMINATED",
+        "LOADING",
+        "TRAINING",
+        "GRAFTING",
+        "STABILIZATION",
+        "EVALUATING",
+        "FINE_TUNING",
+        "FOSSILIZED",
+    ]
+
+
+def test_a_refused_kernel_cancels_its_seed_and_training_goes_on(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(), ONCE)
+    trainer = harness.trainer()
+    harness.scripted.refuse_kernels = "compileJobs/x ended without a kernel: out of memory"
+    trainer.train()
+    assert {record.outcome for record in trainer.engine.seeds()} == {SeedState.CANCELLED}
+    assert "out of memory" in trainer.coordinator.reason(trainer.engine.seeds()[0])
+
+
+def test_no_decision_is_said_and_training_goes_on(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    harness.scripted.decide = lambda *_, **__: NoDecision("Tamiyo did not answer within 0.5 s", 500.0)  # type: ignore[method-assign]  # what a slow Tamiyo looks like
+    trainer.train()
+    told = [message for message in harness.progress.heard if isinstance(message, DecisionProgress)]
+    assert [message.explanation for message in told] == ["Tamiyo did not answer within 0.5 s"] * 2
+    assert told[0].decision is None
+
+
+def test_without_blueprints_nobody_is_asked(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    harness.scripted.blueprints = ()
+    trainer.train()
+    assert harness.scripted.asked == []
+
+
+def test_waiting_for_the_kernel_makes_the_run_independent_of_compile_time(tmp_path: Path) -> None:
+    found = []
+    for polls in (0, 40):
+        folder = tmp_path / str(polls)
+        folder.mkdir()
+        trainer = Harness(folder, keep_config(wait_for_kernel=True), ONCE, polls=polls).trainer()
+        trainer.train()
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+def test_a_stale_plan_germinates_what_it_can(tmp_path: Path) -> None:
+    other = Blueprint("widen", {"made": "up"})
+    policy = grow_once(("nowhere", WIDEN, 2), ("groups.0.conv1", other, 2), ("groups.0.conv1", WIDEN, 2))
+    trainer = Harness(tmp_path, keep_config(), policy).trainer()
+    trainer.train()
+    assert [record.slot for record in trainer.engine.seeds()] == ["groups.0.conv1"]
+
+
+def test_seeds_under_way_at_the_end_are_settled(tmp_path: Path) -> None:
+    # The evaluation would come after the end; so would the kernels of the second decision.
+    def always(observation: observation_pb2.Observation) -> Sequence[tuple[str, Blueprint, int]]:
+        first = observation.decisions_left == 2
+        return [("groups.0.conv1", WIDEN, 2)] if first else [("groups.1.conv1", WIDEN, 3)]
+
+    harness = Harness(tmp_path, config_of(growth={"evaluation": {"threshold": -100.0, "min_epochs": 50}}), always)
+    trainer = harness.trainer()
+    original = harness.scripted.decide
+
+    def late(observation: observation_pb2.Observation, **arguments: Any) -> Any:
+        harness.scripted.polls = 3 if observation.decisions_left == 2 else 10**9
+        return original(observation, **arguments)
+
+    harness.scripted.decide = late  # type: ignore[method-assign]  # the second compile takes for ever
+    trainer.train()
+    assert [record.outcome for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED, SeedState.CANCELLED]
+    assert not trainer.coordinator.alive()
+
+
+def test_what_cannot_be_judged_at_the_end_is_removed(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(growth={"evaluation": {"threshold": 100.0, "min_epochs": 50}}), ONCE)
+    trainer = harness.trainer()
+    host = trainer.host_parameters
+    trainer.train()
+    assert {record.outcome for record in trainer.engine.seeds()} == {SeedState.CULLED}
+    assert trainer.parameter_count() == host
+
+
+# ---- resume ------------------------------------------------------------------------------------------------------
+
+
+def run_killed_at(folder: Path, step: int, policy: Policy, config: Any) -> tuple[TolariaTrainer, Harness]:
+    """A run that dies at ``step`` without a word and is resumed by a new process' worth of objects."""
+    folder.mkdir()
+    harness = Harness(folder, config, policy)
+
+    class KilledError(BaseException):
+        pass
+
+    trainer = harness.trainer()
+    original = trainer.train_step
+
+    def dying() -> None:
+        if trainer.step == step:
+            raise KilledError
+        original()
+
+    trainer.train_step = dying  # type: ignore[method-assign]  # kill -9 between two steps
+    with pytest.raises(KilledError):
+        trainer.train()
+    trainer.journal.close()
+    resumed = harness.trainer()
+    # The mesh would answer otherwise today: only the journal may be heard for what is past.
+    harness.scripted.policy = lambda _: ()
+    resumed.resume()
+    return resumed, harness
+
+
+@pytest.mark.parametrize(
+    ("step", "wait"), [(4, False), (9, True), (11, True), (14, False), (22, False), (30, False), (47, False)]
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, step: int, wait: bool) -> None:
+    # Where the kernel was not there yet when the run died, only wait_for_kernel makes its arrival the same.
+    (tmp_path / "whole").mkdir()
+    config = keep_config(wait_for_kernel=wait)
+    whole = Harness(tmp_path / "whole", config, ONCE).trainer()
+    expected = whole.train()
+    trainer, _ = run_killed_at(tmp_path / "killed", step, ONCE, config)
+    if step < 9:
+        trainer.mesh.policy = ONCE  # type: ignore[attr-defined]  # the decision still lies ahead
+    result = trainer.train()
+    assert same(weights(trainer), weights(whole))
+    assert (result.test_accuracy, result.training_flops) == (expected.test_accuracy, expected.training_flops)
+    assert [r.birth_step for r in trainer.engine.seeds()] == [r.birth_step for r in whole.engine.seeds()]
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_interrupt_saves_in_the_middle_of_an_epoch_and_resumes(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole = Harness(tmp_path / "whole", keep_config(), ONCE).trainer()
+    whole.train()
+    harness = Harness(tmp_path / "stopped", keep_config(), ONCE)
+    trainer = harness.trainer()
+    original = trainer.train_step
+
+    def stopping() -> None:
+        original()
+        if trainer.step == 16:
+            harness.interrupt.request("interrupted by SIGTERM")
+            harness.interrupt.request("a later reason does not count")
+
+    trainer.train_step = stopping  # type: ignore[method-assign]  # a signal at that moment
+    with pytest.raises(TrainingInterruptedError, match="SIGTERM"):
+        trainer.train()
+    assert CheckpointStore(tmp_path / "stopped" / "checkpoints", 5).steps()[-1] == 16
+    assert harness.scripted.pictures[-1].state == run_pb2.RUN_STATE_STOPPED  # type: ignore[union-attr]  # the run is shown last
+    trainer.journal.close()
+    resumed = harness.trainer()
+    resumed.resume()
+    assert resumed.step == 16
+    resumed.train()
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    trainer.save()
+    other = harness.trainer(run="run-2")
+    with pytest.raises(CheckpointError, match=r"belongs to run run-1 \(grown\), not to run-2"):
+        other.resume()
+
+
+def test_another_environment_is_warned_of(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    trainer.environment["threads"] = 7
+    trainer.save()
+    harness.trainer().resume()
+    told = [message.message for message in harness.progress.heard if isinstance(message, StatusProgress)]
+    assert any("results will differ in the last bits" in message for message in told)
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("load", Clock(0, 30), {"kernels": {}, "failed": {}})
+    journal.close()
+    trainer = harness.trainer()
+    trainer.resume()  # no checkpoint: from the beginning
+    with pytest.raises(JournalError, match="knows no decision at step 9"):
+        trainer.train()
+
+
+def test_a_kernel_that_is_gone_cancels_its_seed_on_replay(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, keep_config(), ONCE)
+    trainer = harness.trainer()
+    trainer.train()
+    trainer.journal.close()
+    for path in (tmp_path / "kernels").glob("*.safetensors"):
+        path.write_bytes(b"something else")
+    for path in (tmp_path / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+        (path / "tensors.safetensors").unlink()
+        path.rmdir()
+    again = harness.trainer()
+    again.resume()
+    again.train()
+    assert {record.outcome for record in again.engine.seeds()} == {SeedState.CANCELLED}
+
+
+def test_a_full_disk_is_said_and_training_goes_on(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+    try:
+        assert not trainer.save()
+        trainer.reporter.status("training", "still here")
+        for _ in range(20):
+            trainer.reporter.rolled_back(from_step=1, to_step=0, reason="x" * 100, seeds=[])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = [message.message for message in harness.progress.heard if isinstance(message, StatusProgress)]
+    assert any("was not written: File too large; training goes on" in message for message in told)
+    assert any("events.jsonl cannot be written: File too large" in message for message in told)
+    assert trainer.reporter.lost_lines > 0
+    assert trainer.save()
+
+
+# ---- governor ----------------------------------------------------------------------------------------------------
+
+
+def poison(trainer: TolariaTrainer, at: int, *, times: int = 1) -> None:
+    """A loss that is NaN at step ``at``, the first ``times`` times it comes there."""
+    original = trainer.train_step
+    left = [times]
+
+    def poisoned() -> None:
+        if trainer.step == at and left[0]:
+            left[0] -= 1
+            observe = trainer.governor.observe_loss
+            trainer.governor.observe_loss = lambda loss: observe(loss * float("nan"))  # type: ignore[method-assign]  # one bad step
+            try:
+                original()
+            finally:
+                trainer.governor.observe_loss = observe  # type: ignore[method-assign]  # back to normal
+        else:
+            original()
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]  # see above
+
+
+def test_a_rollback_restores_the_last_good_state_exactly_and_changes_the_rate(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer(grow=False)
+    poison(trainer, 13)
+    seen: list[dict[str, torch.Tensor]] = []
+    end = trainer._end_epoch
+
+    def ending(epoch: int) -> None:
+        end(epoch)
+        seen.append(weights(trainer))
+
+    trainer._end_epoch = ending  # type: ignore[method-assign]  # a look after each epoch
+    roll_back = trainer._roll_back
+
+    def looking(unstable: Any) -> None:
+        roll_back(unstable)
+        assert trainer.step == 9
+        assert same(weights(trainer), seen[0])
+
+    trainer._roll_back = looking  # type: ignore[method-assign]  # a look right after the rollback
+    trainer.train()
+    assert trainer.governor.rollbacks == 1
+    assert trainer.optimizer.rate_scale == 0.5
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (rolled,) = [event for event in events if event["kind"] == "rollback"]
+    assert (rolled["from_step"], rolled["to_step"], rolled["seeds"]) == (13, 9, [])
+
+
+def test_a_rollback_blames_the_seeds_under_way(tmp_path: Path) -> None:
+    config = config_of(growth={"evaluation": {"threshold": -100.0, "min_epochs": 3}})
+    harness = Harness(tmp_path, config, ONCE)
+    trainer = harness.trainer()
+    poison(trainer, 16)
+    trainer.train()
+    assert {record.outcome for record in trainer.engine.seeds()} == {SeedState.ROLLED_BACK}
+    assert trainer.optimizer.rate_scale == 1.0
+    assert {outcome.state for outcome in harness.scripted.outcomes} == {12}
+    assert any(topic == "system.events.rollback" for topic, _ in harness.scripted.events)
+
+
+def test_a_run_that_was_rolled_back_resumes_exactly(tmp_path: Path) -> None:
+    found = []
+    for killed in (False, True):
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        harness = Harness(folder, keep_config(), ONCE)
+        trainer = harness.trainer()
+        poison(trainer, 13)
+        if killed:
+            step = trainer.train_step
+
+            def dying(trainer: TolariaTrainer = trainer, step: Any = step) -> None:
+                if trainer.step == 31:
+                    raise KeyboardInterrupt
+                step()
+
+            trainer.train_step = dying  # type: ignore[method-assign]  # kill -9
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.journal.close()
+            trainer = harness.trainer()
+            trainer.resume()
+            assert trainer.governor.rollbacks == 1
+        trainer.train()
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+def test_the_governors_patience_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(governor={"max_rollbacks": 2}))
+    trainer = harness.trainer(grow=False)
+    poison(trainer, 5, times=9)
+    with pytest.raises(TrainingFailedError, match=r"unstable at step 5 \(the loss is nan\) after 2 rollbacks"):
+        trainer.train()
+
+
+def test_a_collapse_to_chance_is_rolled_back(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer(grow=False)
+    trainer.governor.best_accuracy = 90.0
+    observe = trainer.governor.observe_accuracy
+    answers = iter([5.0])
+    trainer.governor.observe_accuracy = lambda accuracy: observe(next(answers, accuracy))  # type: ignore[method-assign]  # one collapse
+    trainer.train()
+    assert trainer.governor.rollbacks == 1
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def command_at(trainer: TolariaTrainer, harness: Harness, step: int, *commands: Command) -> None:
+    """Let ``commands`` arrive just after ``step``, the first time it is made."""
+    original = trainer.train_step
+    arriving = list(commands)
+
+    def commanding() -> None:
+        original()
+        if trainer.step == step:
+            harness.scripted.waiting_commands += arriving
+            arriving.clear()
+
+    trainer.train_step = commanding  # type: ignore[method-assign]  # a caller at that moment
+
+
+def test_callers_germinate_and_cull(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(growth={"evaluation": {"threshold": -100.0, "min_epochs": 50}}), polls=1)
+    trainer = harness.trainer()
+    wish = Command(command_id="c1", kind=CommandKind.GERMINATE, slot="groups.0.conv2", blueprint=WIDEN.id, size=1)
+    wrong = [
+        Command(command_id="c2", kind=CommandKind.GERMINATE, slot="nowhere", blueprint=WIDEN.id, size=1),
+        Command(command_id="c3", kind=CommandKind.GERMINATE, slot="groups.0.conv2", blueprint="none", size=1),
+        Command(command_id="c4", kind=CommandKind.GERMINATE, slot="span:groups.0", blueprint=WIDEN.id, size=1),
+        Command(command_id="c5", kind=CommandKind.CULL, seed="seed-9"),
+    ]
+    command_at(trainer, harness, 4, wish, *wrong)
+    command_at(trainer, harness, 12, wish, Command(command_id="c6", kind=CommandKind.CULL, seed="seed-1"))
+    command_at(trainer, harness, 14, Command(command_id="c7", kind=CommandKind.CULL, seed="seed-1"))
+    trainer.train()
+    (record,) = trainer.engine.seeds()
+    assert record.outcome is SeedState.CULLED
+    answers = {(answer.command.command_id, answer.step): answer for answer in harness.scripted.answers}
+    assert answers["c1", 4].seed == "seed-1"
+    assert answers["c1", 12].seed == "seed-1"  # the same wish again is not a second seed
+    assert {key[0]: answer.error_reason for key, answer in answers.items() if answer.error_reason} == {
+        "c2": "SLOT_NOT_FOUND",
+        "c3": "UNKNOWN_BLUEPRINT",
+        "c4": "BLUEPRINT_DOES_NOT_FIT",
+        "c5": "SEED_NOT_FOUND",
+        "c7": "ILLEGAL_TRANSITION",
+    }
+    # The outcome of a seed that a caller wished for belongs to no decision.
+    assert [outcome.decision for outcome in harness.scripted.outcomes] == [""]
+
+
+def test_commands_of_callers_are_replayed(tmp_path: Path) -> None:
+    wish = Command(command_id="c1", kind=CommandKind.GERMINATE, slot="groups.0.conv2", blueprint=WIDEN.id, size=1)
+    found = []
+    for killed in (False, True):
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        harness = Harness(folder, keep_config(), polls=1)
+        trainer = harness.trainer()
+        command_at(trainer, harness, 13, wish)
+        if killed:
+            step = trainer.train_step
+
+            def dying(trainer: TolariaTrainer = trainer, step: Any = step) -> None:
+                if trainer.step == 17:
+                    raise KeyboardInterrupt
+                step()
+
+            trainer.train_step = dying  # type: ignore[method-assign]  # kill -9
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.journal.close()
+            trainer = harness.trainer()
+            trainer.resume()
+            harness.scripted.waiting_commands.append(wish)  # the gateway passes it on again
+        trainer.train()
+        assert len(trainer.engine.seeds()) == 1
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+def test_pause_resume_stop_and_checkpoint(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    command_at(trainer, harness, 3, Command(command_id="p", kind=CommandKind.PAUSE))
+    looks: list[int] = []
+
+    def while_paused() -> None:
+        looks.append(trainer.step)
+        if len(looks) == 2:
+            harness.scripted.waiting_commands += [
+                Command(command_id="k", kind=CommandKind.CHECKPOINT),
+                Command(command_id="r", kind=CommandKind.RESUME),
+            ]
+
+    harness.scripted.on_wait = while_paused
+    command_at(trainer, harness, 20, Command(command_id="r2", kind=CommandKind.RESUME))
+    command_at(trainer, harness, 21, Command(command_id="s", kind=CommandKind.STOP, reason="enough"))
+    with pytest.raises(TrainingInterruptedError, match="enough"):
+        trainer.train()
+    assert looks == [3, 3]
+    assert [answer.command.command_id for answer in harness.scripted.answers] == ["p", "r", "k", "r2", "s"]
+    assert harness.interrupt.asked_by_caller
+    assert {3, 21} <= set(CheckpointStore(tmp_path / "checkpoints", 5).steps())
+
+
+@pytest.mark.parametrize("how", ["signal", "command"])
+def test_a_paused_run_can_be_stopped(tmp_path: Path, how: str) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer()
+    command_at(trainer, harness, 3, Command(command_id="p", kind=CommandKind.PAUSE))
+
+    def while_paused() -> None:
+        if how == "signal":
+            harness.interrupt.request("interrupted by SIGINT")
+        else:
+            harness.scripted.waiting_commands.append(Command(command_id="s", kind=CommandKind.STOP))
+
+    harness.scripted.on_wait = while_paused
+    with pytest.raises(TrainingInterruptedError):
+        trainer.train()
+    assert trainer.step == 3
+
+
+def test_a_caller_rolls_back_to_a_checkpoint(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer(grow=True)
+    command_at(trainer, harness, 22, Command(command_id="x", kind=CommandKind.ROLLBACK, checkpoint="77"))
+    command_at(trainer, harness, 23, Command(command_id="y", kind=CommandKind.ROLLBACK, checkpoint="9"))
+    result = trainer.train()
+    answers = {answer.command.command_id: answer for answer in harness.scripted.answers}
+    assert answers["x"].error_reason == "CHECKPOINT_NOT_FOUND"
+    assert answers["y"].checkpoint_step == 9
+    assert result.steps == trainer.total_steps
+    assert trainer.governor.rollbacks >= 1
+
+
+# ---- the end -----------------------------------------------------------------------------------------------------
+
+
+def test_the_test_set_is_locked_until_the_end(tmp_path: Path) -> None:
+    trainer = Harness(tmp_path, config_of()).trainer()
+    with pytest.raises(TestSetTouchedError):
+        trainer.test_set.take()
+    trainer.train()
+    with pytest.raises(TestSetTouchedError):
+        trainer.test_set.take()
+
+
+def test_controls_train_on_the_same_batches(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, keep_config(), ONCE)
+    grown = harness.trainer()
+    grown.train()
+    table = changes(grown.engine)
+    shapes = {}
+    for name in ("host", "bigger"):
+        build = controls.builder(name, harness.build_host, table, 0)
+        control = harness.trainer(
+            arm=name,
+            grow=False,
+            mesh=OfflineMesh(),
+            build_host=build,
+            checkpoints=None,
+            journal=Journal(tmp_path / f"{name}.jsonl"),
+        )
+        assert torch.equal(control.batches.at(3, 2).images, grown.batches.at(3, 2).images)
+        assert not control.save()
+        control.train()
+        shapes[name] = {key: tuple(tensor.shape) for key, tensor in weights(control).items()}
+    assert shapes["bigger"] == {key: tuple(tensor.shape) for key, tensor in weights(grown).items()}
+    assert shapes["host"] == {key: tuple(tensor.shape) for key, tensor in harness.build_host().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "policy"),
+    [
+        ("cnn", [2, 3], ONCE),
+        ("cnn", [3, 3, 3], grow_once(("groups.1.conv2", WIDEN, 2), ("span:groups.2", BRANCH, 2))),
+        ("mlp", [6, 6], grow_once(("hidden.0", WIDEN, 3), ("hidden.2", WIDEN, 1))),
+    ],
+)
+def test_the_export_rebuilds_without_esper(tmp_path: Path, model: str, widths: list[int], policy: Policy) -> None:
+    stages = {"isolation_steps": 3, "blend_steps": 3, "stabilization_steps": 1, "fine_tuning_steps": 1}
+    config = config_of(model={"name": model, "widths": widths}, growth={"evaluation": KEEP, **stages})
+    harness = Harness(tmp_path, config, policy)
+    trainer = harness.trainer()
+    trainer.train()
+    assert [record.state for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED] * 2
+    folder = export(trainer.engine, tmp_path / "export", config.model, harness.data)
+    images = harness.data.normalization(harness.data.validation.images)
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(images)
+    torch.save({"images": images, "expected": expected}, tmp_path / "check.pt")
+    script = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, model, rebuild
+host = json.load(open(sys.argv[1] + "/growth.json"))["host"]
+network = model.build(host["name"], host["input_shape"], host["classes"], host["widths"])
+rebuild.load(network, sys.argv[1])
+check = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    assert torch.allclose(network(check["images"]), check["expected"], atol=1e-5), "the outputs differ"
+assert not any(name.split(".")[0] in ("services", "esper", "safetensors") for name in sys.modules)
+print("equal")
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(folder), str(tmp_path / "check.pt")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_decision_epochs_are_spread_over_the_window() -> None:
+    assert decision_epochs(100, (0.05, 0.3), 3) == [5, 18, 30]
+    assert decision_epochs(100, (0.05, 0.3), 1) == [5]
+    assert decision_epochs(4, (0.0, 0.3), 3) == [1]
+    assert decision_epochs(1, (0.0, 1.0), 3) == []
+    assert decision_epochs(4, (0.9, 1.0), 2) == [3]
+
+
+def test_a_trained_host_is_extended(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    trainer = harness.trainer(grow=False)
+    trainer.train()
+    export(trainer.engine, tmp_path / "export", harness.config.model, harness.data)
+    config = harness.config.model.model_copy(update={"weights": tmp_path / "export" / "weights.safetensors"})
+    again = models.build_host(config, harness.data, 5)
+    assert same({k: v.clone() for k, v in again.state_dict().items()}, weights(trainer))
