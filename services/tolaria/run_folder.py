@@ -25,18 +25,24 @@ FORMAT_VERSION: Final = 1
 _FORMAT: Final = "format.json"
 _CONFIG: Final = "config.yaml"
 _LOCK: Final = "run.lock"
+_INNER: Final = ("logs", "traces", "checkpoints")
 
 
 class RunFolder:
     """One run's folder, held by this process until :meth:`close`.
 
     Raises:
-        EsperError: RUN_LOCKED when another process holds it.
+        EsperError: RUN_LOCKED when another process holds it; STORAGE_FULL, STORAGE_FAILED.
     """
 
     def __init__(self, path: Path) -> None:
         self.path: Final = path
-        self._lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            for inner in _INNER:
+                (path / inner).mkdir(exist_ok=True)
+            self._lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise storage_error(path, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -61,8 +67,6 @@ class RunFolder:
         path = config.run.output_dir.absolute() / name
         try:
             path.mkdir(parents=True)
-            for inner in ("logs", "traces", "checkpoints"):
-                (path / inner).mkdir()
         except FileExistsError:
             raise EsperError(
                 f"{path}: a run of this name exists; choose another run.name, or --resume {name}",

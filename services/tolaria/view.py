@@ -7,9 +7,9 @@ supervisor. It never decides anything.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Mapping
-from typing import Protocol, TextIO
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -36,6 +36,9 @@ _STATE_STYLES = {
     State.RESTARTING: "yellow",
     State.DOWN: "red",
 }
+_ENDS: Final = frozenset({"FOSSILIZED", "CULLED", "CANCELLED", "ROLLED_BACK"})
+_EPOCH_LINE_SECONDS: Final = 1.0
+_SHOWN_SEEDS: Final = 8
 
 
 class View(Protocol):
@@ -81,6 +84,8 @@ def describe(message: Progress) -> str | None:
                 f"validation {message.validation_accuracy:.2f} %  parameters {message.parameters:,}"
                 + (f"  seeds: {seeds}" if seeds else "")
             )
+        case SeedProgress(to_state="DORMANT"):
+            return None
         case SeedProgress():
             worth = ""
             if message.contribution is not None:
@@ -102,25 +107,40 @@ def describe(message: Progress) -> str | None:
 
 def describe_event(event: Event) -> str | None:
     """A supervisor's event as one plain line; None for the everyday ones."""
-    if event.kind in ("exited", "restarting", "gave_up"):
+    if event.kind in ("exited", "restarting", "gave_up") and event.detail != "exit code 0":
         return f"{event.name} {event.kind.replace('_', ' ')}: {event.detail}"
     return None
 
 
 class PlainView:
-    """One line per thing worth telling. ``verbose`` tells of every event of the mesh too."""
+    """One line per thing worth telling, of an arm's epochs one per second (its last always).
 
-    def __init__(self, out: TextIO, *, verbose: bool = False) -> None:
+    ``verbose`` tells of every epoch, and of every event of the mesh.
+    """
+
+    def __init__(self, out: TextIO, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
         self._verbose = verbose
+        self._clock = clock
+        self._arm = ""
+        self._next_epoch_line = 0.0
 
     def start(self) -> None:
         """Nothing to set up."""
 
     def hear(self, message: Progress) -> None:
         """Print it if it is worth a line."""
+        if isinstance(message, EpochProgress) and not self._epoch_is_due(message):
+            return
         if (line := describe(message)) is not None:
             self.say(line)
+
+    def _epoch_is_due(self, message: EpochProgress) -> bool:
+        now = self._clock()
+        due = self._verbose or message.arm != self._arm or now >= self._next_epoch_line
+        if due:
+            self._arm, self._next_epoch_line = message.arm, now + _EPOCH_LINE_SECONDS
+        return due or message.epoch == message.epochs
 
     def mesh(self, event: Event) -> None:
         """Print what is out of the ordinary."""
@@ -150,13 +170,14 @@ class QuietView(PlainView):
 
 
 class LiveView:
-    """A panel that redraws itself: where the run is, how it learns, what its seeds do, how the mesh is."""
+    """A panel that redraws itself: where the run is, how it learns, what its seeds do, how the mesh is.
+
+    What people want to find again later (decisions, ends of seeds, mishaps) scrolls away above it.
+    """
 
     def __init__(self, out: TextIO, services: Mapping[str, ServiceStatus], *, run: str) -> None:
-        self._console = Console(file=out)
         self._services = services
         self._run = run
-        self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
         self._arm = "grown"
         self._accuracy: dict[str, list[float]] = {}
         self._epoch: EpochProgress | None = None
@@ -166,6 +187,9 @@ class LiveView:
         self._status = "starting"
         self._news: deque[str] = deque(maxlen=4)
         self._started = time.monotonic()
+        self._console = Console(file=out)
+        # Last: it draws itself once when it is made.
+        self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
     def start(self) -> None:
         """Begin to draw."""
@@ -177,7 +201,7 @@ class LiveView:
 
     def say(self, text: str) -> None:
         """A line above the panel."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def hear(self, message: Progress) -> None:
         """Take it into the picture."""
@@ -187,12 +211,19 @@ class LiveView:
                 self._accuracy.setdefault(message.arm, []).append(message.validation_accuracy)
             case StepProgress():
                 self._arm, self._step = message.arm, message
+            case SeedProgress(to_state="DORMANT"):
+                pass  # its slot is free again; how the seed ended is what people want to see
             case SeedProgress():
                 self._seeds[message.seed] = message
+                if message.to_state in _ENDS:
+                    self.say(str(describe(message)))
             case DecisionProgress():
                 self._decision = message
+                self.say(str(describe(message)))
             case StatusProgress():
                 self._status = message.message
+                if "rolled" in message.message or message.state in ("failed", "finishing"):
+                    self._news.append(message.message)
             case SummaryProgress():
                 self._status = "done"
 
@@ -207,20 +238,25 @@ class LiveView:
         if self._seeds:
             rows.append(self._seed_table())
         if self._decision is not None:
-            rows.append(Text(f"Tamiyo: {self._decision.explanation}", style="magenta", overflow="fold"))
+            rows.append(Text(f"last decision: {self._decision.explanation}", style="magenta", overflow="fold"))
         rows.append(self._mesh_line())
         rows.extend(Text(line, style="yellow") for line in self._news)
         seconds = time.monotonic() - self._started
-        return Panel(Group(*rows), title=f"Esper {self._run}", subtitle=f"{self._status} ({seconds:.0f} s)")
+        return Panel(Group(*rows), title=Text(f"Esper {self._run}"), subtitle=Text(f"{self._status} ({seconds:.0f} s)"))
 
     def _progress(self) -> RenderableType:
-        step, steps = (self._step.step, self._step.steps) if self._step is not None else (0, 1)
         grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(width=12)
+        grid.add_column(width=8)
         grid.add_column(ratio=1)
         grid.add_column(justify="right")
-        speed = f"{self._step.steps_per_second:,.0f} steps/s" if self._step is not None else ""
-        grid.add_row(Text(self._arm, style="bold"), ProgressBar(total=steps, completed=step), f"step {step:,} {speed}")
+        # Of a short epoch the end is news sooner than the next step.
+        latest = max(
+            (m for m in (self._step, self._epoch) if m is not None and m.arm == self._arm), key=_step, default=None
+        )
+        step, steps = (latest.step, latest.steps) if latest is not None else (0, 1)
+        speed = f"  {self._step.steps_per_second:,.0f} steps/s" if self._step is not None else ""
+        told = f"step {step:,} of {steps:,}{speed}" if latest is not None else "starting"
+        grid.add_row(Text(self._arm, style="bold"), ProgressBar(total=steps, completed=step), told)
         return grid
 
     def _learning(self) -> RenderableType:
@@ -235,14 +271,19 @@ class LiveView:
         return text
 
     def _seed_table(self) -> RenderableType:
-        table = Table(box=None, padding=(0, 2), header_style="dim")
+        seeds = list(self._seeds.values())
+        counts = Counter(seed.to_state for seed in seeds)
+        table = Table(box=None, padding=(0, 2), header_style="dim", title_justify="left", title_style="")
+        table.title = "seeds: " + ", ".join(f"{state} {count}" for state, count in sorted(counts.items()))
         for title in ("seed", "slot", "blueprint", "state", "worth (points)"):
             table.add_column(title)
-        for seed in list(self._seeds.values())[-6:]:
+        for seed in seeds[-_SHOWN_SEEDS:]:
             worth = "not measured"
             if seed.contribution is not None:
                 worth = f"{seed.contribution['points']:+.2f}"
-            table.add_row(seed.seed, slot_label(seed.slot), f"{seed.family} +{seed.size}", seed.to_state, worth)
+            table.add_row(
+                Text(seed.seed), Text(slot_label(seed.slot)), Text(f"{seed.family} +{seed.size}"), seed.to_state, worth
+            )
         return table
 
     def _mesh_line(self) -> RenderableType:
@@ -253,3 +294,7 @@ class LiveView:
             text.append("● ", style=style)
             text.append(f"{service.name}{restarts}  ")
         return text
+
+
+def _step(message: StepProgress | EpochProgress) -> int:
+    return message.step
