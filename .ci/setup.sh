@@ -42,7 +42,8 @@ python_environment() {
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
     fi
     say "installing $(grep -c '==' requirements/lock.txt) packages (torch and its libraries are 4.5 GB: seconds from uv's cache, minutes without)"
-    .venv/bin/uv pip install --quiet --python .venv --require-hashes -r requirements/lock.txt
+    # Compiled once here: every process of a mesh would otherwise compile what it imports, 3 s of torch alone.
+    .venv/bin/uv pip install --quiet --compile-bytecode --python .venv --require-hashes -r requirements/lock.txt
     printf '%s' "$wanted" >"$stamp"
     say "Python is ready ($((SECONDS - began)) s)"
 }

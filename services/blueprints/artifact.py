@@ -71,7 +71,7 @@ class Characterization:
         flops: Forward FLOPs per sample it adds (2 per multiply-add).
         latency_seconds: Median forward pass of one batch.
         latency_batch: Samples of that batch.
-        memory_bytes: Peak of what a forward and backward pass of that batch allocates.
+        memory_bytes: What a forward and backward pass of that batch keeps: saved activations and gradients.
     """
 
     target: str

@@ -1,0 +1,1 @@
+"""What every service shares: configuration, server, channels, errors, telemetry, supervision."""

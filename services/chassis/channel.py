@@ -108,6 +108,10 @@ def service_config(services: Iterable[ServiceDescriptor]) -> dict[str, Any]:
     return config
 
 
+#: Between two looks at a run folder for an address that is not there yet.
+_LOOK_SECONDS: Final = 0.02
+
+
 class ChannelFactory:
     """Makes and keeps one channel per service. Belongs to one event loop; :meth:`close` it there."""
 
@@ -154,6 +158,20 @@ class ChannelFactory:
                 run_id=self._run_id,
             )
         return self._channels[service]
+
+    async def until_known(self, service: str, *, timeout: float) -> str:
+        """The address of ``service`` once the run folder has it, which it does when that service is serving.
+
+        Raises EsperError (ADDRESS_UNKNOWN) after ``timeout`` seconds, at once where no run folder could ever have it.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        while True:
+            try:
+                return self.address(service)
+            except EsperError:
+                if self._run_dir is None or asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def close(self) -> None:
         """Close every channel; calls under way are cancelled."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar, cast
+from typing import Final, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -32,7 +32,7 @@ class Reason(enum.StrEnum):
     meaning: str
     way_out: str
 
-    def __new__(cls, name: str, code: grpc.StatusCode, meaning: str, way_out: str) -> Reason:
+    def __new__(cls, name: str, code: grpc.StatusCode, meaning: str, way_out: str) -> Self:
         """One row of the table; the value is the name that travels on the wire."""
         row = str.__new__(cls, name)
         row._value_ = name

@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: bytes | str, *, fsync: bool = True, mo
                 if fsync:
                     file.flush()
                     os.fsync(file.fileno())
-            os.replace(beside, path)
+            Path(beside).replace(path)
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise

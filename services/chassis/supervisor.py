@@ -6,8 +6,8 @@ The supervisor lives in the launcher (``train.py``), without torch, on one async
         await mesh.start(job)          # returns when every service is serving
         exit_code = await mesh.wait()  # of the job; crashes of both kinds have been dealt with meanwhile
 
-* Services that the configuration points elsewhere are health-checked; the others are started, each as soon as the ones
-  it needs are serving, in parallel otherwise. Nothing sleeps: a child prints its address, then its health is watched.
+* Services that the configuration points elsewhere are health-checked; the others are started, all at once. Nothing
+  sleeps: a child says its address, then its health is watched.
 * A service that dies is started again on the same port, after a wait that doubles from ``restart_backoff_seconds``, at
   most ``max_restarts`` times; then the run goes on without it.
 * Every child leads a process group of its own, which is killed with it; a pipe tells the children when the supervisor
@@ -34,7 +34,9 @@ from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
 from services.chassis.files import write_atomically
 
-#: The services of a run, and what must be serving before each can start.
+#: The services of a run, and what each calls: they all start at once, and one that needs another waits for its address
+#: (:meth:`services.chassis.channel.ChannelFactory.until_known`) beside whatever else it has to make ready. They stop in
+#: the opposite order.
 NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "urza": (),
     "oona": (),
@@ -160,10 +162,10 @@ class Supervisor:
         self._config_file = config_file if config_file is not None else run_dir / "config.yaml"
         self._on_event = on_event
         self._program = program
+        self._settled = False
         self._started = time.monotonic()
         self._stopping = asyncio.Event()
         self._now = asyncio.Event()
-        self._serving = {name: asyncio.Event() for name in NEEDS}
         self._children: dict[str, Child] = {}
         self._jobs: dict[str, Child] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -201,7 +203,8 @@ class Supervisor:
             await asyncio.gather(starting, return_exceptions=True)
         addresses = {name: status.address for name, status in self.services.items()}
         write_atomically(self.run_dir / "addresses.json", json.dumps(addresses, indent=2) + "\n")
-        # Only now: while everything loads, all cores are welcome to all.
+        # Only now: while everything loads, all cores are welcome to all, and nobody is nice.
+        self._settled = True
         self.placement = place(frozenset(os.sched_getaffinity(0)), job.threads if job is not None else 1)
         for child in self._children.values():
             child.settle(cores=self.placement.services, niceness=SERVICE_NICENESS)
@@ -266,12 +269,9 @@ class Supervisor:
             status.state, status.address = State.EXTERNAL, external
             await self._until_serving(name, external)
         else:
-            for need in NEEDS[name]:
-                await self._serving[need].wait()
             child = await self._launch(name)
             self._keepers.append(asyncio.create_task(self._keep(name, child)))
         status.serving_after = self._elapsed()
-        self._serving[name].set()
 
     async def _launch(self, name: str) -> Child:
         """A new process for ``name``, serving. Raises EsperError (SERVICE_START_FAILED); the process has ended then."""
@@ -287,7 +287,8 @@ class Supervisor:
         status.pid = child.pid
         if status.spawned_after is None:
             status.spawned_after = self._elapsed()
-        child.settle(cores=self.placement.services, niceness=SERVICE_NICENESS)
+        if self._settled:  # beside a training process; before, all that loads is in somebody's way to the first step
+            child.settle(cores=self.placement.services, niceness=SERVICE_NICENESS)
         self._emit(name, "started", f"pid {child.pid}")
 
         async def serving() -> str:

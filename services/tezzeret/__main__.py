@@ -13,12 +13,13 @@ from services.tezzeret.clients import EventAnnouncer, UrzaLibrary
 from services.tezzeret.compiler import Compiler
 from services.tezzeret.jobs import Job, JobBook
 from services.tezzeret.servicer import CompileServicer, change_of
+from services.tezzeret.workers import Workers
 
 
 class Tezzeret:
     """The component: a book of jobs, the compiler that runs them, and their servicer."""
 
-    def __init__(self, context: ServiceContext) -> None:
+    def __init__(self, context: ServiceContext, workers: Workers) -> None:
         settings = context.config.services.tezzeret
         book = JobBook(context.state_dir / "jobs", queue_limit=settings.queue_limit)
         hub: WatchHub[Job] = WatchHub()
@@ -34,17 +35,16 @@ class Tezzeret:
             UrzaLibrary(context.channels.channel("urza")),
             EventAnnouncer(self._publisher),
             generate_keypair(context.keys_dir).private_key,
-            context.telemetry,
-            workers=settings.workers,
+            telemetry=context.telemetry,
+            workers=workers,
             timeout=settings.job_timeout_seconds,
-            memory_bytes=settings.worker_memory_bytes,
             on_change=on_change,
         )
         servicer = CompileServicer(self._compiler, book, hub, draining=context.draining)
         context.server.add(add_CompileServiceServicer_to_server, servicer, "esper.tezzeret.v1.CompileService")
 
     async def start(self) -> None:
-        """Take up what waits; workers warm up in the background."""
+        """Take up what waits."""
         await self._publisher.start()
         await self._compiler.start()
 
@@ -55,8 +55,16 @@ class Tezzeret:
 
 
 async def build(context: ServiceContext) -> Tezzeret:
-    """Tezzeret for the chassis."""
-    return Tezzeret(context)
+    """Tezzeret for the chassis. Its workers load torch while the services it needs come up."""
+    settings = context.config.services
+    workers = Workers(settings.tezzeret.workers, settings.tezzeret.worker_memory_bytes)
+    try:
+        for need in ("urza", "oona"):
+            await context.channels.until_known(need, timeout=settings.startup_timeout_seconds)
+        return Tezzeret(context, workers)
+    except BaseException:
+        await workers.close()
+        raise
 
 
 if __name__ == "__main__":

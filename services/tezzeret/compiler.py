@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -22,9 +21,9 @@ from services.blueprints.spec import Blueprint
 from services.chassis.errors import EsperError, Reason
 from services.chassis.telemetry import Telemetry
 from services.tezzeret.jobs import ENDED, Job, JobBook, Spec, State, now
-from services.tezzeret.worker import CancelledJobError, Worker, context
+from services.tezzeret.worker import CancelledJobError, Worker
+from services.tezzeret.workers import Workers
 
-_T = TypeVar("_T")
 _VALIDATED: Final = "VALIDATED"
 _REGISTER_SECONDS: Final = 30.0
 _REGISTER_PAUSE_SECONDS: Final = 0.5
@@ -75,11 +74,10 @@ class Compiler:
         library: Library,
         announcer: Announcer,
         key: Ed25519PrivateKey,
-        telemetry: Telemetry,
         *,
-        workers: int,
+        telemetry: Telemetry,
+        workers: Workers,
         timeout: float,
-        memory_bytes: int,
         on_change: Callable[[Job, bool], None],
     ) -> None:
         self._book = book
@@ -89,16 +87,13 @@ class Compiler:
         self._telemetry = telemetry
         self._timeout = timeout
         self._on_change = on_change
-        forkserver = context()
-        self._workers = [Worker(forkserver, memory_bytes) for _ in range(workers)]
-        # A thread per worker: it waits for the process, the loop never does.
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="tezzeret-worker")
+        self._workers = workers
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._cancels: dict[str, threading.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Take up the jobs that wait, warm the workers in the background."""
+        """Take up the jobs that wait."""
         for job in self._book.queued():
             self._queue.put_nowait(job.name)
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
@@ -110,9 +105,7 @@ class Compiler:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
-        for worker in self._workers:
-            worker.close()
+        await self._workers.close()
 
     def create(self, spec: Spec) -> tuple[Job, bool]:
         """Queue a job unless an equal one is there; see :meth:`JobBook.create`."""
@@ -137,7 +130,7 @@ class Compiler:
         return self._put(replace(job, state=State.CANCELLED, end_time=now()))
 
     async def _work(self, worker: Worker) -> None:
-        await self._in_thread(worker.warm)
+        await self._workers.warm()
         while True:
             name = await self._queue.get()
             job = self._book.get(name)
@@ -200,7 +193,7 @@ class Compiler:
 
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
-                return await self._in_thread(
+                return await self._workers.call(
                     lambda: worker.run(request, stage=stage, cancelled=self._cancels[job.name], timeout=self._timeout)
                 )
             except EsperError as error:
@@ -240,6 +233,3 @@ class Compiler:
         self._book.put(job, durable=durable)
         self._on_change(job, False)
         return job
-
-    def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)

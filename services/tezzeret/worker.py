@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import resource
 import threading
 import time
@@ -25,7 +24,6 @@ from services.blueprints.spec import SpecError
 from services.chassis.errors import EsperError, Reason, reason_named
 
 _POLL_SECONDS: Final = 0.05
-_NICENESS: Final = 10
 _KERNEL: Final = b"K"
 _MESSAGE: Final = b"M"
 
@@ -47,8 +45,7 @@ def serve(connection: Connection, memory_bytes: int) -> None:
 
     from services.tezzeret.forge import ValidationError, forge
 
-    torch.set_num_threads(1)
-    os.nice(_NICENESS)
+    torch.set_num_threads(1)  # niceness comes with the service's process group
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Address space is no measure (torch reserves gigabytes at import); data is what a runaway job would fill.
     resource.setrlimit(resource.RLIMIT_DATA, (2 * memory_bytes, 2 * memory_bytes))

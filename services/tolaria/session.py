@@ -14,6 +14,9 @@ from typing import Any, Final
 
 import torch
 
+# The first optimizer loads it, which takes a second or more: better while the services come up.
+import torch._dynamo
+
 from esper.tolaria.v1 import run_pb2
 from services.blueprints.signature import load_public_key
 from services.chassis.config.schema import EsperConfig

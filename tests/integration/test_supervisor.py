@@ -102,7 +102,7 @@ async def _gone(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_six_services_are_started_in_order_and_all_serve(mesh: Mesh) -> None:
+async def test_six_services_are_started_at_once_and_all_serve(mesh: Mesh) -> None:
     async with mesh.supervisor() as supervisor:
         await supervisor.start()
         addresses = json.loads((mesh.folder / "addresses.json").read_text())
@@ -117,10 +117,7 @@ async def test_six_services_are_started_in_order_and_all_serve(mesh: Mesh) -> No
             assert status.spawned_after < status.serving_after
             assert status.pid is not None
             assert psutil.Process(status.pid).nice() == 10
-        times = supervisor.services
-        for need in NEEDS["tezzeret"]:
-            assert (times[need].serving_after or 0) <= (times["tezzeret"].spawned_after or 0)
-        pids = [status.pid for status in times.values()]
+        pids = [status.pid for status in supervisor.services.values()]
         supervisor.request_stop()
         assert await supervisor.wait() == 0
     for pid in pids:

@@ -107,10 +107,10 @@ def test_a_branch_of_another_shape_is_caught() -> None:
         forging._check_branch(nn.Conv2d(8, 4, 1), torch.randn(2, 8, 4, 4), SPAN)
 
 
-def test_peak_memory_counts_what_lives_at_once() -> None:
+def test_kept_bytes_counts_what_lives_at_once() -> None:
     module = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU())
-    small = forging._peak_memory([module], [torch.randn(8, 64)])
-    large = forging._peak_memory([module], [torch.randn(64, 64)])
+    small = forging._kept_bytes([module], [torch.randn(8, 64)])
+    large = forging._kept_bytes([module], [torch.randn(64, 64)])
     # Two activations of the batch are saved for the backward pass.
     assert large - small >= 2 * 56 * 64 * 4
     assert all(parameter.grad is None for parameter in module.parameters())

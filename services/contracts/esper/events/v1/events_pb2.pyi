@@ -224,7 +224,7 @@ class KernelCharacterized(_message.Message):
     latency_ms: _builtins.float
     """Median forward latency of one sample batch on the target, milliseconds."""
     memory_bytes: _builtins.int
-    """Peak memory of a forward and backward pass, bytes."""
+    """What a forward and backward pass keeps: saved activations and gradients, bytes."""
     def __init__(
         self,
         *,

@@ -204,7 +204,7 @@ class KernelCost(_message.Message):
     latency_batch: _builtins.int
     """Samples of that batch."""
     memory_bytes: _builtins.int
-    """Peak that a forward and backward pass of that batch allocates, bytes."""
+    """What a forward and backward pass of that batch keeps: saved activations and gradients, bytes."""
     @_builtins.property
     def latency(self) -> _duration_pb2.Duration:
         """Median duration of the forward pass of one batch on its target."""
