@@ -8,6 +8,7 @@ configuration keeps it elsewhere, ``state/`` of the services.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ FORMAT_VERSION: Final = 1
 _FORMAT: Final = "format.json"
 _CONFIG: Final = "config.yaml"
 _LOCK: Final = "run.lock"
+LATEST: Final = "latest"
 _INNER: Final = ("logs", "traces", "checkpoints")
 
 
@@ -50,6 +52,7 @@ class RunFolder:
             raise EsperError(
                 f"{path}: another train.py holds this run; end it first, or wait", reason=Reason.RUN_LOCKED
             ) from None
+        point_latest(path)
 
     @property
     def run_id(self) -> str:
@@ -85,7 +88,7 @@ class RunFolder:
         Raises:
             EsperError: RUN_FOLDER_INVALID, RUN_LOCKED.
         """
-        path = path.absolute()
+        path = path.resolve()  # "latest" is a link
         try:
             version = json.loads((path / _FORMAT).read_text(encoding="utf-8"))["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,3 +126,12 @@ class RunFolder:
     def close(self) -> None:
         """Let go of the run."""
         os.close(self._lock)
+
+
+def point_latest(path: Path) -> None:
+    """Let ``latest`` beside a run folder lead to it, for people and their shells."""
+    link = path.parent / LATEST
+    beside = path.parent / f".{LATEST}.{os.getpid()}"
+    with contextlib.suppress(OSError):  # a convenience: a file system without links has runs all the same
+        beside.symlink_to(path.name)
+        beside.replace(link)
