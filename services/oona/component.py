@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+from esper.events.v1 import events_pb2
 from esper.oona.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
 from services.chassis.config.schema import OonaConfig
 from services.chassis.service_main import ServiceContext
@@ -15,6 +16,9 @@ from services.oona.exchange import EventExchange
 from services.oona.servicer import SERVICE_NAME, EventServicer
 
 _LOG: Final = logging.getLogger(__name__)
+
+#: Loaded so that reflection can explain the payloads of events to grpcurl; Oona itself never looks into them.
+PAYLOADS: Final = events_pb2.DESCRIPTOR
 
 
 class OonaComponent:

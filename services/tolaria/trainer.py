@@ -303,8 +303,16 @@ class TolariaTrainer:
         inside = start <= epoch / self.config.training.epochs <= end
         return inside and epoch % self.config.growth.health_every_epochs == 0
 
+    def _window_in_epochs(self) -> tuple[float, float]:
+        """The growth window, as far as it reaches once decisions fall on whole epochs."""
+        start, end = self.config.growth.window
+        first, last = (
+            epoch / self.config.training.epochs for epoch in (self.decision_epochs[0], self.decision_epochs[-1])
+        )
+        return min(start, first), max(end, last)
+
     def _measure_health(self, epoch: int) -> None:
-        samples = self.config.growth.health_samples
+        samples = max(self.config.growth.health_samples, self.engine.health_samples_needed())
         size = self.config.data.evaluation_batch_size
         images = self.data.training.images[:samples]
         with self.telemetry.span("measure health", {"esper.samples": len(images)}):
@@ -342,7 +350,7 @@ class TolariaTrainer:
             epoch=epoch,
             step=self.step,
             progress=self.step / self.total_steps,
-            window=growth.window,
+            window=self._window_in_epochs(),
             decisions_left=sum(1 for other in self.decision_epochs if other >= epoch),
             budget=growth.budget,
             host_flops=self.host_flops,
