@@ -9,29 +9,38 @@ start; 130 and 143 interrupted by Ctrl-C or SIGTERM, with a checkpoint saved (--
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+# Before the imports, which take a second: an interrupt is no stack trace. A run has its own, gentler handlers.
+for _number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(_number, _leave)
 
 try:
     from services.chassis.config.errors import ConfigError
-    from services.chassis.config.loader import LoadedConfig, load_config, render_effective
+    from services.chassis.config.loader import LoadedConfig, load_config
     from services.chassis.errors import EsperError
     from services.tolaria.launcher import (
-        EXIT_DONE,
-        EXIT_NO_SERVICE,
         EXIT_USAGE,
         Options,
         check_services,
-        plan_of,
-        resume_folder,
+        dry_run,
+        refuse_changes,
         train,
     )
     from services.tolaria.run_folder import RunFolder
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"train.py: {missing.name} is not installed here: use .venv/bin/python train.py ('make setup' makes .venv)"
-    )
+except ImportError as missing:
+    sys.stderr.write(f"train.py: {missing}: run it as .venv/bin/python train.py ('make run' makes .venv)\n")
+    sys.exit(2)
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 QUICK_STARTS = {"digits": "quickstart.yaml", "cifar10": "cifar10.yaml", "cifar100": "cifar100.yaml"}
@@ -75,7 +84,7 @@ def load(arguments: argparse.Namespace) -> LoadedConfig:
     path = CONFIGS / QUICK_STARTS[arguments.quick_start] if arguments.quick_start else arguments.config
     overrides = list(arguments.set)
     if arguments.output is not None:
-        overrides.append(f"run.output_dir={arguments.output}")
+        overrides.append(f"run.output_dir={json.dumps(arguments.output)}")
     if arguments.no_growth:
         overrides.append("growth.enabled=false")
     if arguments.compare is not None:
@@ -91,29 +100,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         loaded = load(arguments)
         if arguments.dry_run:
-            sys.stdout.write(render_effective(loaded) + plan_of(loaded.config))
-            return EXIT_DONE
+            return dry_run(loaded, options)
         if arguments.check_services:
             return check_services(loaded.config, options)
         if arguments.resume is not None:
-            folder = resume_folder(arguments.resume, loaded.config)
+            folder = RunFolder.find(arguments.resume, loaded.config.run.output_dir.absolute())
             config = folder.config()
+            refuse_changes(loaded, config)
         else:
             stem = arguments.quick_start or (arguments.config.stem if arguments.config else "run")
             folder, config = RunFolder.create(loaded.config, stem=stem), loaded.config
+        return train(folder, config, options, resume=arguments.resume is not None)
     except ConfigError as error:
         sys.stderr.write(f"train.py: {error}\n")
-        return EXIT_USAGE
     except EsperError as error:
         sys.stderr.write(f"train.py: {error.message}\n")
-        return EXIT_USAGE
-    try:
-        return train(folder, config, options, resume=arguments.resume is not None)
-    except OSError as error:
-        sys.stderr.write(f"train.py: {error}\n")
-        return EXIT_NO_SERVICE
-    finally:
-        folder.close()
+    return EXIT_USAGE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: no library, no script, no resource from elsewhere. Colours come from the page's CSS."""
+"""Small charts as inline SVG: no library, no script, no resource from elsewhere. Colors come from the page's CSS."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, marks: S
     for mark in marks:
         x = x_axis.at(mark)
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
-    for index, one in enumerate(drawn):
+    for index, one in reversed(list(enumerate(drawn))):  # the first lies on top
         points = _stairs(one.points) if one.step else one.points
         path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
-        parts.append(f'<polyline class="line s{index}" points="{path}"><title>{escape(one.name)}</title></polyline>')
-    legend = "".join(f'<span class="key s{index}">{escape(one.name)}</span>' for index, one in enumerate(drawn))
+        parts.append(
+            f'<polyline class="line s{index % 3}" points="{path}"><title>{escape(one.name)}</title></polyline>'
+        )
+    legend = "".join(f'<span class="key s{index % 3}">{escape(one.name)}</span>' for index, one in enumerate(drawn))
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg><p class="legend">{legend}</p>'
 
 
@@ -58,7 +60,7 @@ def timeline(bars: Sequence[Bar], *, x_label: str) -> str:
     rows = list(dict.fromkeys(bar.row for bar in bars))
     left, height = 150, 26
     total = _TOP + height * len(rows) + _BOTTOM
-    axis = _Axis(min(bar.start for bar in bars), max(bar.end for bar in bars), left, _WIDTH - _RIGHT)
+    axis = _Axis(0, max(bar.end for bar in bars), left, _WIDTH - _RIGHT)
     parts = []
     for index, row in enumerate(rows):
         y = _TOP + index * height + 17
@@ -73,7 +75,9 @@ def timeline(bars: Sequence[Bar], *, x_label: str) -> str:
         f'<text class="tick" x="{axis.at(tick):.1f}" y="{base + 14}" text-anchor="middle">{tick:g}</text>'
         for tick in axis.ticks
     ]
-    parts.append(f'<text class="label" x="{(left + _WIDTH) / 2}" y="{total - 4}" text-anchor="middle">{x_label}</text>')
+    parts.append(
+        f'<text class="label" x="{(left + _WIDTH) / 2}" y="{total - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     return f'<svg viewBox="0 0 {_WIDTH} {total}" role="img">{"".join(parts)}</svg>'
 
 

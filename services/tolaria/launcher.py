@@ -1,4 +1,4 @@
-"""Launches a run: folder, keys, mesh, training process; and tells people and programs how it went.
+"""Launches a run: keys, mesh, training process; and tells people and programs how it went.
 
 Torch-free. Exit codes: 0 done, 1 training failed, 2 bad configuration or usage, 3 a service could not start, 130 and
 143 interrupted by SIGINT or SIGTERM with a checkpoint saved.
@@ -19,20 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-import grpc.aio
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.blueprints.signature import generate_keypair
-from services.chassis import telemetry
-from services.chassis.channel import ChannelFactory
-from services.chassis.config.loader import dump
+from services.blueprints.signature import SignatureError, generate_keypair
+from services.chassis.config.loader import LoadedConfig, dotted, dump, inline, leaves, render_effective
 from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
-from services.chassis.files import write_atomically
-from services.chassis.supervisor import Event, Job, Supervisor
-from services.tolaria.progress import Progress, StatusProgress, StepProgress, SummaryProgress, decode
-from services.tolaria.report import write_report
+from services.chassis.files import storage_error, write_atomically
+from services.chassis.supervisor import NEEDS, Event, Job, State, Supervisor
+from services.tolaria.progress import EpochProgress, Progress, StatusProgress, StepProgress, SummaryProgress, decode
+from services.tolaria.report import verdict, write_report
 from services.tolaria.run_folder import RunFolder
 from services.tolaria.view import LiveView, PlainView, QuietView, View
 
@@ -41,7 +37,6 @@ EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_NO_SERVICE: Final = 3
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_CHECK_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +59,10 @@ class _Story:
 
     summary: dict[str, Any] | None = None
     failure: str = ""
+    #: Seconds from the command to the first sign that a step was made.
     first_step: float | None = None
-    startup: dict[str, Any] = field(default_factory=dict)
-    state: str = "starting"
+    #: Seconds by part of the training process's own start.
+    startup: dict[str, float] = field(default_factory=dict)
 
 
 class Launcher:
@@ -80,36 +76,39 @@ class Launcher:
         self._story = _Story()
         self._interrupted: signal.Signals | None = None
         self._began = psutil.Process().create_time()
-        self._supervisor: Supervisor | None = None
-        self._view: View = PlainView(options.stream)
+        self._view: View = QuietView(options.stream)
 
     async def run(self) -> int:
         """Everything; returns the exit code."""
+        # Made here: a supervisor belongs to the running loop.
+        self._supervisor = Supervisor(self._config, self._folder.path, on_event=self._hear_mesh)
+        self._view = self._make_view()
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._stop, number)
+        self._view.start()
         try:
-            async with Supervisor(self._config, self._folder.path, on_event=self._hear_mesh) as supervisor:
-                self._supervisor = supervisor
-                self._view = self._make_view(supervisor)
-                self._view.start()
-                try:
-                    code = await self._supervise(supervisor)
-                finally:
-                    self._view.stop()
+            async with self._supervisor:
+                status, code = self._outcome(await self._supervise())
         except EsperError as error:
-            return self._could_not_start(error)
+            log = error.metadata.get("log")
+            self._story.failure = f"{error.message}{f' (log: {log})' if log else ''}"
+            status, code = "failed", EXIT_NO_SERVICE
         finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
-        return self._finish(supervisor, code)
+            self._view.stop()
+        self._write_mesh()
+        if self._options.services_only and code == EXIT_DONE:
+            return EXIT_DONE
+        self._finish(status, code)
+        return code
 
-    async def _supervise(self, supervisor: Supervisor) -> int:
+    async def _supervise(self) -> int:
+        """Exit code of the training process; of the services alone 0."""
         if self._options.services_only:
-            await supervisor.start()
-            self._write_mesh(supervisor)
-            self._say_how_to_call(supervisor)
-            return await supervisor.wait()
+            await self._supervisor.start()
+            if self._interrupted is None:
+                self._tell_addresses()
+            return await self._supervisor.wait()
         job = Job(
             name="training",
             command=self._command(resume=self._resume),
@@ -117,9 +116,9 @@ class Launcher:
             on_progress=self._hear,
             threads=self._config.training.threads,
         )
-        await supervisor.start(job)
-        self._write_mesh(supervisor)
-        return await supervisor.wait()
+        await self._supervisor.start(job)
+        self._write_mesh()
+        return await self._supervisor.wait()
 
     def _command(self, *, resume: bool) -> Sequence[str]:
         command = [sys.executable, "-m", "services.tolaria.training_process", "--run-dir", str(self._folder.path)]
@@ -127,17 +126,20 @@ class Launcher:
 
     def _after_crash(self, code: int, restarts: int) -> Sequence[str] | None:
         """Resume a process that was killed; one that ended by itself has said why and would end so again."""
-        if code >= 0 or restarts >= self._config.training.max_restarts:
+        if code >= 0:
             return None
-        self._view.say(f"training process {signal.Signals(-code).name}: resuming from its last checkpoint")
+        name = signal.Signals(-code).name
+        if restarts >= self._config.training.max_restarts:
+            self._story.failure = f"the training process was ended by {name}, and was resumed {restarts} times before"
+            return None
+        self._view.say(f"training process ended by {name}: resuming it from its last checkpoint")
         return self._command(resume=True)
 
     def _stop(self, number: signal.Signals) -> None:
         """Once: in good order, with a checkpoint. Twice: now."""
         again = self._interrupted is not None
         self._interrupted = self._interrupted or signal.Signals(number)
-        if self._supervisor is not None:
-            self._supervisor.request_stop(now=again)
+        self._supervisor.request_stop(now=again)
         if not self._options.services_only:
             self._view.say("stopping now" if again else "stopping: saving a checkpoint (again: stop now)")
 
@@ -145,86 +147,72 @@ class Launcher:
 
     def _hear(self, message: Mapping[str, Any]) -> None:
         known = decode(json.dumps(message))
-        if known is None:
-            return
-        self._note(known)
-        self._view.hear(known)
+        if known is not None:  # a newer training process may say more
+            self._note(known)
+            self._view.hear(known)
 
     def _note(self, message: Progress) -> None:
         story = self._story
-        match message:
-            case SummaryProgress():
-                story.summary = dict(message.summary)
-            case StatusProgress():
-                story.state = message.state
-                story.startup.update(message.detail.get("startup", {}))
-                if message.state == "failed":
-                    story.failure = message.message
-            case StepProgress() if story.first_step is None:
-                story.first_step = time.time() - self._began
-                self._view.say(self._startup_line())
-            case _:
-                pass
+        if isinstance(message, SummaryProgress):
+            story.summary = dict(message.summary)
+        elif isinstance(message, StatusProgress):
+            story.startup.update(message.detail.get("startup", {}))
+            if message.state == "failed":
+                story.failure = message.message
+        elif isinstance(message, StepProgress | EpochProgress) and story.first_step is None:
+            story.first_step = time.time() - self._began
+            if self._options.output != "quiet":
+                self._view.say(self._startup_line(story.first_step))
+            self._write_mesh()
 
     def _hear_mesh(self, event: Event) -> None:
         self._view.mesh(event)
-        if event.kind in ("restarting", "gave_up") and self._supervisor is not None:
-            self._write_mesh(self._supervisor)
+        if event.kind in ("restarting", "gave_up"):
+            self._write_mesh()
 
-    def _startup_line(self) -> str:
+    def _startup_line(self, first_step: float) -> str:
         """Where the time to the first step went."""
-        parts = [f"{name} {seconds:.1f}" for name, seconds in self._story.startup.items()]
-        if self._supervisor is not None:
-            served = {
-                status.name: status.serving_after - (status.spawned_after or 0.0)
-                for status in self._supervisor.services.values()
-                if status.serving_after is not None
-            }
-            ready = max((s.serving_after or 0.0 for s in self._supervisor.services.values()), default=0.0)
-            parts.insert(0, f"services {ready:.1f} ({', '.join(f'{n} {s:.1f}' for n, s in served.items())})")
-        return f"first step after {self._story.first_step or 0.0:.1f} s: {', '.join(parts)}"
+        ready = {s.name: s.serving_after for s in self._supervisor.services.values() if s.serving_after is not None}
+        services = ", ".join(
+            f"{name} {seconds:.1f}" for name, seconds in sorted(ready.items(), key=lambda item: item[1])
+        )
+        parts = [f"services {max(ready.values(), default=0.0):.1f} ({services})"]
+        if self._story.startup:
+            beside = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._story.startup.items())
+            parts.append(f"at the same time the training process: {beside}")
+        return f"first step {first_step:.1f} s after the command: {'; '.join(parts)}"
 
     # ---- telling ---------------------------------------------------------------------------------------------------
 
-    def _make_view(self, supervisor: Supervisor) -> View:
+    def _make_view(self) -> View:
         stream = self._options.stream
         if self._options.output == "quiet":
             return QuietView(stream)
         if self._options.output == "verbose" or not stream.isatty() or self._options.services_only:
             return PlainView(stream, verbose=self._options.output == "verbose")
-        return LiveView(stream, supervisor.services, run=self._folder.run_id)
+        return LiveView(stream, self._supervisor.services, run=self._folder.run_id)
 
-    def _write_mesh(self, supervisor: Supervisor) -> None:
+    def _write_mesh(self) -> None:
         """What the report needs of the mesh: services with their restarts, what happened, where start-up time went."""
         content = {
-            "services": {name: dataclasses.asdict(status) for name, status in supervisor.services.items()},
-            "events": [dataclasses.asdict(event) for event in supervisor.events],
-            "training_restarts": supervisor.job_restarts,
+            "services": {name: dataclasses.asdict(status) for name, status in self._supervisor.services.items()},
+            "events": [dataclasses.asdict(event) for event in self._supervisor.events],
+            "training_restarts": self._supervisor.job_restarts,
             "first_step_seconds": self._story.first_step,
             "startup": self._story.startup,
         }
         with contextlib.suppress(EsperError):  # a full disk costs a part of the report, never the run
-            write_atomically(self._folder.path / "mesh.json", json.dumps(content, indent=1) + "\n")
+            write_atomically(self._folder.path / "mesh.json", json.dumps(content, indent=1) + "\n", fsync=False)
 
-    def _say_how_to_call(self, supervisor: Supervisor) -> None:
-        for status in supervisor.services.values():
-            self._view.say(f"{status.name:<9} grpcurl -plaintext {status.address} list")
+    def _tell_addresses(self) -> None:
+        if self._options.json:
+            _print_json({"run_dir": str(self._folder.path), "services": self._services()})
+        for service in self._supervisor.services.values():
+            self._view.say(f"{service.name:<9} grpcurl -plaintext {service.address} list")
         self._view.say("Ctrl-C ends them")
 
-    def _could_not_start(self, error: EsperError) -> int:
-        self._view.stop()
-        log = error.metadata.get("log")
-        sys.stderr.write(f"train.py: {error.message}{f' (log: {log})' if log else ''}\n")
-        if self._options.json:
-            self._print_json(self._summary(None, status="failed"))
-        return EXIT_NO_SERVICE
-
-    def _finish(self, supervisor: Supervisor, code: int) -> int:
-        self._write_mesh(supervisor)
-        if self._options.services_only:
-            return EXIT_DONE
-        status, exit_code = self._outcome(code)
-        summary = self._summary(supervisor, status=status)
+    def _finish(self, status: str, code: int) -> None:
+        summary = self._summary(status)
         with contextlib.suppress(EsperError):  # it is printed all the same
             write_atomically(self._folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
         try:
@@ -232,21 +220,41 @@ class Launcher:
         except EsperError as error:
             summary["report"] = None
             self._view.say(f"no report: {error.message}")
-        self._tell_result(summary, status, exit_code)
+        for line in result_lines(summary):
+            self._view.say(line)
+        if status == "interrupted":
+            saved = "" if self._has_checkpoint() else " (there is no checkpoint yet: it begins anew)"
+            self._view.say(f"interrupted; go on with: python train.py --resume {self._folder.path}{saved}")
+        elif code == EXIT_NO_SERVICE:
+            sys.stderr.write(f"train.py: {summary['reason']}\n")
+        elif code == EXIT_FAILED:
+            sys.stderr.write(f"train.py: training failed: {summary['reason']}\n")
         if self._options.json:
-            self._print_json(summary)
-        return exit_code
+            _print_json(summary)
+
+    def _has_checkpoint(self) -> bool:
+        return any(self._folder.path.glob("checkpoints/*/manifest.json"))
 
     def _outcome(self, code: int) -> tuple[str, int]:
+        """Status and exit code, given the exit code of the training process."""
+        if self._options.services_only:
+            return "succeeded", EXIT_DONE
         if code == EXIT_DONE and self._story.summary is not None:
-            return str(self._story.summary.get("status", "succeeded")), EXIT_DONE
+            return str(self._story.summary["status"]), EXIT_DONE
         if self._interrupted is not None:
             return "interrupted", 128 + self._interrupted
+        self._story.failure = self._story.failure or (
+            f"the training process ended without a word; see {self._folder.path / 'logs' / 'training.log'}"
+        )
         return "failed", EXIT_FAILED
 
-    def _summary(self, supervisor: Supervisor | None, *, status: str) -> dict[str, Any]:
+    def _services(self) -> dict[str, Any]:
+        return {s.name: {"address": s.address, "restarts": s.restarts} for s in self._supervisor.services.values()}
+
+    def _summary(self, status: str) -> dict[str, Any]:
         """The JSON object that scripts rely on; what was not measured is null."""
         unknown: dict[str, Any] = {
+            "reason": self._story.failure,
             "epochs": None,
             "adaptations": {"started": None, "fossilized": None, "culled": None},
             "seeds": [],
@@ -255,54 +263,45 @@ class Launcher:
             "accuracy": {"grown": None, "host": None, "bigger": None},
             "events": {"published": None, "dropped": None},
         }
-        services = supervisor.services.values() if supervisor is not None else ()
         return {
-            "run_id": self._folder.run_id,
-            "run_dir": str(self._folder.path),
             **unknown,
             **(self._story.summary or {}),
+            "run_id": self._folder.run_id,
+            "run_dir": str(self._folder.path),
             "status": status,
-            "reason": self._story.failure,
             "startup_seconds": self._story.first_step,
-            "services": {s.name: {"address": s.address, "restarts": s.restarts} for s in services},
+            "services": self._services(),
+            "training_restarts": self._supervisor.job_restarts,
             "report": str(self._folder.path / "report.html"),
         }
 
-    def _tell_result(self, summary: Mapping[str, Any], status: str, exit_code: int) -> None:
-        for line in result_lines(summary):
-            self._view.say(line)
-        if exit_code == EXIT_FAILED:
-            reason = self._story.failure or f"see {self._folder.path / 'logs' / 'training.log'}"
-            sys.stderr.write(f"train.py: training failed: {reason}\n")
-        elif status == "interrupted":
-            self._view.say(f"interrupted; go on with: python train.py --resume {self._folder.path}")
 
-    def _print_json(self, summary: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps(summary) + "\n")
-        sys.stdout.flush()
+def _print_json(content: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content) + "\n")
+    sys.stdout.flush()
 
 
 def result_lines(summary: Mapping[str, Any]) -> list[str]:
     """The result as people read it: the comparison, what growth cost, and whether there was a gain at all."""
-    lines = []
-    arms = summary.get("arms") or {}
+    lines: list[str] = []
+    arms: Mapping[str, Mapping[str, Any]] = summary.get("arms") or {}
     if arms:
-        lines.append(f"{'':<8}{'test %':>8}{'parameters':>12}{'training FLOPs':>16}{'seconds':>9}")
+        lines += [
+            "",
+            f"{'':<8}{'test %':>8}{'parameters':>12}{'FLOPs/image':>13}{'training FLOPs':>16}{'seconds':>9}{'growth':>8}",
+        ]
         lines += [_arm_line(name, figures) for name, figures in arms.items()]
-    accuracy = summary["accuracy"]
-    grown, host = accuracy["grown"], accuracy["host"]
-    if grown is not None and host is not None:
-        difference = grown - host
-        verdict = f"growth gained {difference:+.2f} points" if difference > 0 else "no gain from growth"
-        lines.append(f"{verdict} over the same host (one run: differences below 0.7 points are noise)")
+        lines.append("")
+    if (found := verdict(summary)) is not None:
+        lines += [f"{found.words}.", found.caution]
     seconds = summary.get("growth_seconds")
     if seconds is not None:
-        lines.append(f"growth cost {seconds:.1f} s of wall clock in scoring, counterfactuals and surgery")
-    started = summary["adaptations"]["started"]
-    if started is not None:
-        kept, culled = summary["adaptations"]["fossilized"], summary["adaptations"]["culled"]
-        lines.append(f"seeds: {started} started, {kept} fossilized, {culled} culled")
-    lines.append(f"report: {summary['report']}")
+        lines.append(f"growth took {seconds:.1f} s of the grown network's time: scoring, counterfactuals, surgery")
+    adaptations = summary["adaptations"]
+    if adaptations["started"] is not None:
+        lines.append("seeds: {started} started, {fossilized} fossilized, {culled} culled".format_map(adaptations))
+    if summary["report"] is not None:
+        lines.append(f"report: {summary['report']}")
     return lines
 
 
@@ -312,68 +311,92 @@ def _arm_line(name: str, figures: Mapping[str, Any]) -> str:
         return "-" if value is None else format(value, form)
 
     return (
-        f"{name:<8}{show('test_accuracy', '.2f'):>8}{show('parameters', ',d'):>12}"
-        f"{show('training_flops', '.3g'):>16}{show('seconds', '.1f'):>9}"
+        f"{name:<8}{show('test_accuracy', '.2f'):>8}{show('parameters', ',d'):>12}{show('flops', ',d'):>13}"
+        f"{show('training_flops', '.3g'):>16}{show('seconds', '.1f'):>9}{show('growth_seconds', '.1f'):>8}"
     )
 
 
+def _make_keys(config: EsperConfig, run_dir: Path) -> None:
+    """The key pair that Tezzeret signs with. Raises EsperError (STORAGE_FULL, STORAGE_FAILED)."""
+    folder = (config.run.state_dir or run_dir / "state") / "keys"
+    try:
+        generate_keypair(folder)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    except SignatureError as error:
+        raise EsperError(f"{folder}: {error}", reason=Reason.STORAGE_FAILED) from error
+
+
 def train(folder: RunFolder, config: EsperConfig, options: Options, *, resume: bool) -> int:
-    """Launch a run in its folder; returns the exit code."""
-    state = config.run.state_dir or folder.path / "state"
-    generate_keypair(state / "keys")
+    """Launch a run in its folder; returns the exit code.
+
+    Raises EsperError (STORAGE_FULL, STORAGE_FAILED) where the signing keys cannot be made.
+    """
+    _make_keys(config, folder.path)
     return asyncio.run(Launcher(folder, config, options, resume=resume).run())
 
 
 def check_services(config: EsperConfig, options: Options) -> int:
-    """Start, or dial, every service; print how each is. Returns 0, or 3 when one is not serving."""
+    """Start, or dial, every service until it is healthy; print how each is.
+
+    Returns 0, or 3 when one cannot be started or reached. Raises EsperError as :func:`train` does.
+    """
     with tempfile.TemporaryDirectory(prefix="esper-check-") as name:
         run_dir = Path(name)
         write_atomically(run_dir / "config.yaml", dump(config), fsync=False)
-        generate_keypair((config.run.state_dir or run_dir / "state") / "keys")
+        _make_keys(config, run_dir)
         try:
             rows = asyncio.run(_check(config, run_dir))
         except EsperError as error:
             sys.stderr.write(f"train.py: {error.message}\n")
+            if options.json:
+                _print_json({"status": "failed", "reason": error.message, "services": {}})
             return EXIT_NO_SERVICE
     for service, row in rows.items():
-        options.stream.write(f"{service:<9} {row['state']:<12} {row['address']:<22} {row['latency_ms']:>7.2f} ms\n")
+        origin = "running elsewhere" if row["external"] else "started here"
+        options.stream.write(
+            f"{service:<9} SERVING  {row['address']:<22} after {row['ready_seconds']:.1f} s, {origin}\n"
+        )
     if options.json:
-        sys.stdout.write(json.dumps({"services": rows}) + "\n")
-    return EXIT_DONE if all(row["state"] == "SERVING" for row in rows.values()) else EXIT_NO_SERVICE
+        _print_json({"status": "succeeded", "reason": "", "services": rows})
+    return EXIT_DONE
 
 
 async def _check(config: EsperConfig, run_dir: Path) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    tracer = telemetry.setup("train", config.telemetry, None, None)
     async with Supervisor(config, run_dir) as supervisor:
-        await supervisor.start()
-        async with contextlib.AsyncExitStack() as stack:
-            channels = ChannelFactory(config.services, tracer, run_dir=run_dir, run_id=None)
-            stack.push_async_callback(channels.close)
-            for name, status in supervisor.services.items():
-                stub = health_pb2_grpc.HealthStub(channels.channel(name))
-                started = time.perf_counter()
-                try:
-                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_CHECK_SECONDS)
-                    state = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-                except grpc.aio.AioRpcError as error:
-                    state = error.code().name
-                milliseconds = (time.perf_counter() - started) * 1e3
-                rows[name] = {"state": state, "address": status.address, "latency_ms": milliseconds}
-    return rows
+        await supervisor.start()  # it returns when grpc.health.v1 says SERVING of each
+        return {
+            name: {
+                "address": status.address,
+                "ready_seconds": status.serving_after,
+                "external": status.state is State.EXTERNAL,
+            }
+            for name, status in supervisor.services.items()
+        }
+
+
+def dry_run(loaded: LoadedConfig, options: Options) -> int:
+    """Print the effective configuration, where each value comes from, and the plan."""
+    plan = plan_of(loaded.config)
+    if options.json:
+        effective = loaded.config.model_dump(mode="json")
+        _print_json({"config": effective, "provenance": dict(loaded.provenance), "plan": plan.splitlines()})
+    else:
+        sys.stdout.write(render_effective(loaded) + plan)
+    return EXIT_DONE
 
 
 def plan_of(config: EsperConfig) -> str:
     """What a run would do, in words."""
     growth, services = config.growth, config.services
-    own = [n for n in ("urza", "tezzeret", "tamiyo", "oona", "kasmina", "tolaria") if not getattr(services, n).address]
+    own = [name for name in NEEDS if getattr(services, name).address is None]
     lines = [
         f"plan: start {', '.join(own) or 'no service'} on {services.host}",
         f"      train {config.model.name} on {config.data.name} for {config.training.epochs} epochs",
     ]
     if growth.enabled:
         start, end = (round(share * config.training.epochs) for share in growth.window)
-        kind = "flops" if growth.budget.flops is not None else "parameters"
+        kind = "parameters" if growth.budget.flops is None else "flops"
         limit = growth.budget.flops or growth.budget.parameters
         lines.append(
             f"      grow by {growth.policy}: {growth.decisions} decisions between epochs {start} and {end}, "
@@ -385,17 +408,27 @@ def plan_of(config: EsperConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def resume_folder(run: str, config: EsperConfig) -> RunFolder:
-    """The folder of a run to go on with.
+def refuse_changes(loaded: LoadedConfig, run: EsperConfig) -> None:
+    """A resumed run keeps its configuration: refuse command lines that ask for another.
+
+    Where runs lie and what they are called may be said again: that is how one is found.
 
     Raises:
-        EsperError: RUN_FOLDER_INVALID, RUN_LOCKED.
+        EsperError: INVALID_FIELD, naming each key with both values.
     """
-    folder = RunFolder.find(run, config.run.output_dir.absolute())
-    if not any((folder.path / "checkpoints").glob("*/manifest.json")):
-        folder.close()
+    kept, asked = ({dotted(path): value for path, value in leaves(config)} for config in (run, loaded.config))
+    changed = [
+        f"{key} is {inline(_plain(kept[key]))}, not {inline(_plain(value))}"
+        for key, value in asked.items()
+        if loaded.provenance[key] == "--set" and not key.startswith("run.") and value != kept[key]
+    ]
+    if changed:
         raise EsperError(
-            f"{folder.path}: it has no checkpoint to resume from; start the run anew",
-            reason=Reason.CHECKPOINT_NOT_FOUND,
+            f"a resumed run keeps its configuration ({'; '.join(changed)}); leave that away, or start a new run",
+            reason=Reason.INVALID_FIELD,
         )
-    return folder
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can spell."""
+    return value if isinstance(value, bool | int | float | list | None) else str(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,41 @@ svg { width: 100%; height: auto; } .line { fill: none; stroke-width: 2; } .grid 
 .bar { fill: var(--dim); } .TRAINING { fill: #60a5fa; } .GRAFTING { fill: #f59e0b; } .STABILIZATION { fill: #a3a3a3; }
 .EVALUATING { fill: #c084fc; } .FINE_TUNING { fill: #2dd4bf; } .FOSSILIZED { fill: #22c55e; } .CULLED { fill: #ef4444; }
 .GERMINATED, .LOADING { fill: #cbd5e1; } .CANCELLED, .ROLLED_BACK { fill: #9f1239; }
+.chip { color: #10141a; border-radius: 4px; padding: 1px 7px; font-size: 12px;
+  white-space: nowrap; background: #a3a3a3; }
+.chip.FOSSILIZED { background: #22c55e; } .chip.CULLED { background: #f87171; } .chip.CANCELLED { background: #fda4af; }
+.chip.EVALUATING { background: #c084fc; } .chip.TRAINING { background: #60a5fa; }
+.chip.GRAFTING { background: #f59e0b; }
+.chip.FINE_TUNING { background: #2dd4bf; } .chip.ROLLED_BACK { background: #fb7185; }
+.chip.GERMINATED, .chip.LOADING { background: #cbd5e1; } .chips { margin: 8px 0 0; } .chips .chip { margin-right: 6px; }
 details { margin-top: 6px; } summary { cursor: pointer; } pre { overflow-x: auto; font-size: 12.5px; }
 """
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison says: whether growth gained, in which words, and how far to trust them."""
+
+    gained: bool
+    words: str
+    caution: str
+
+
+def verdict(summary: Mapping[str, Any]) -> Verdict | None:
+    """The grown network against the controls, by test accuracy; None where the grown one or the host is missing."""
+    accuracy = summary.get("accuracy") or {}
+    grown, host, bigger = (accuracy.get(arm) for arm in ("grown", "host", "bigger"))
+    if grown is None or host is None:
+        return None
+    gain = grown - host
+    if gain > 0:
+        words = f"Growth gained {gain:+.2f} points over the same host"
+    else:
+        words = f"No gain from growth: {gain:+.2f} points against the same host"
+    if bigger is not None:
+        words += f", {grown - bigger:+.2f} against its own final shape trained from scratch"
+    caution = "One run of each: try other values of run.seed before you trust a small difference."
+    return Verdict(gain > 0, words, caution)
 
 
 def write_report(folder: Path) -> Path:
@@ -65,7 +100,7 @@ def render(folder: Path) -> str:
         _section("Validation accuracy", _curve(metrics, "validation_accuracy", "percent", events)),
         _section("Training loss", _curve(metrics, "train_loss", "cross-entropy", events)),
         _section("Parameters", _curve(metrics, "parameters", "parameters", events, step=True)),
-        _section("Seeds over time", _seed_timeline(events)),
+        _section("Seeds over time", _seed_timeline(events, metrics)),
         _section("Seeds", _seeds(summary), wide=True),
         _section("Decisions", _decisions(decisions), wide=True),
         _section("Services", _services(mesh)),
@@ -81,40 +116,44 @@ def render(folder: Path) -> str:
 
 
 def _result(summary: Mapping[str, Any]) -> str:
-    accuracy = summary.get("accuracy") or {}
-    grown, host, bigger = (accuracy.get(arm) for arm in ("grown", "host", "bigger"))
+    grown = (summary.get("accuracy") or {}).get("grown")
+    found = verdict(summary)
     if grown is None:
         reason = summary.get("reason") or "the run did not come to its end"
-        return f'<p class="verdict bad">No result</p><p>{escape(str(reason))}</p>'
-    if host is None:
-        verdict = f'<p class="verdict">{grown:.2f} % on the test set</p><p>Not compared: no control was trained.</p>'
+        told = f'<p class="verdict bad">No result</p><p>{escape(str(reason))}</p>'
+    elif found is None:
+        told = (
+            f'<p class="verdict">{grown:.2f} % on the test set</p><p>Not compared: no host was trained beside it.</p>'
+        )
     else:
-        gain = grown - host
-        words = f"Growth gained {gain:+.2f} points" if gain > 0 else f"No gain from growth ({gain:+.2f} points)"
-        verdict = f'<p class="verdict {"good" if gain > 0 else "bad"}">{words} over the same host</p>'
-        if bigger is not None:
-            ahead = grown - bigger
-            verdict += (
-                f"<p>Against its own final shape trained from scratch: {ahead:+.2f} points. One run each: differences "
-                "below 0.7 points are noise.</p>"
-            )
-    arms = summary.get("arms") or {}
+        style = "good" if found.gained else "bad"
+        told = f'<p class="verdict {style}">{escape(found.words)}</p><p>{escape(found.caution)}</p>'
     rows = [
         [
             name,
-            _number(a.get("test_accuracy"), ".2f"),
-            _number(a.get("validation_accuracy"), ".2f"),
-            _number(a.get("parameters"), ",d"),
-            _number(a.get("training_flops"), ".3g"),
-            _number(a.get("growth_flops"), ".3g"),
-            _number(a.get("seconds"), ".1f"),
+            _number(arm.get("test_accuracy"), ".2f"),
+            _number(arm.get("validation_accuracy"), ".2f"),
+            _number(arm.get("parameters"), ",d"),
+            _number(arm.get("flops"), ",d"),
+            _number(arm.get("training_flops"), ".3g"),
+            _number(arm.get("growth_flops"), ".3g"),
+            _number(arm.get("seconds"), ".1f"),
+            _number(arm.get("growth_seconds"), ".1f"),
         ]
-        for name, a in arms.items()
+        for name, arm in (summary.get("arms") or {}).items()
     ]
-    head = ["arm", "test %", "validation %", "parameters", "training FLOPs", "growth FLOPs", "seconds"]
-    cost = summary.get("growth_seconds")
-    spent = "" if cost is None else f"<p>Wall clock spent on growth itself: {cost:.1f} s.</p>"
-    return verdict + _table(head, rows, numbers=range(1, 7)) + spent
+    head = [
+        "arm",
+        "test %",
+        "validation %",
+        "parameters",
+        "FLOPs per image",
+        "training FLOPs",
+        "growth FLOPs",
+        "wall clock, s",
+        "of it growth, s",
+    ]
+    return told + _table(head, rows, numbers=range(1, len(head)))
 
 
 def _curve(
@@ -134,18 +173,21 @@ def _curve(
     return line_chart(series, x_label="epoch (dashed: a graft)", y_label=unit, marks=sorted(set(grafts)))
 
 
-def _seed_timeline(events: Sequence[Mapping[str, Any]]) -> str:
-    transitions = [event for event in events if event["kind"] == "transition"]
-    last = max((event["step"] for event in events if "step" in event), default=0)
+def _seed_timeline(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> str:
+    # A resumed run tells what it went through again: each transition counts once.
+    told = [event for event in events if event["kind"] == "transition"]
+    transitions = list({(event["seed"], event["to_state"], event["step"]): event for event in told}.values())
+    last = max((line["step"] for line in (*transitions, *metrics)), default=0)
     bars = []
     for seed in dict.fromkeys(event["seed"] for event in transitions):
         story = [event for event in transitions if event["seed"] == seed]
         ends = [event["step"] for event in story[1:]] + [last]
         for event, end in zip(story, ends, strict=True):
-            label = f"{event['to_state']} from step {event['step']}: {event['reason']}"
-            row = f"{seed} {str(event['slot']).rsplit('/', 1)[-1]}"
-            bars.append(Bar(row[:22], event["step"], end, label, str(event["to_state"])))
-    return timeline(bars, x_label="optimizer step (point at a bar for its reason)")
+            if event["to_state"] != "DORMANT":
+                label = f"{event['to_state']} from step {event['step']}: {event['reason']}"
+                bars.append(Bar(f"{seed} {_slot(event)}"[:24], event["step"], end, label, str(event["to_state"])))
+    states = "".join(_chip(state) for state in dict.fromkeys(bar.style for bar in bars))
+    return timeline(bars, x_label="optimizer step (point at a bar for its reason)") + f'<p class="chips">{states}</p>'
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:
@@ -155,8 +197,12 @@ def _seeds(summary: Mapping[str, Any]) -> str:
         points = "not measured"
         if worth is not None:
             points = f"{worth['points']:+.2f} [{worth['low']:+.2f}, {worth['high']:+.2f}]"
-        rows.append([seed.get("seed", ""), seed["slot"], seed["blueprint"], seed["state"], points])
-    return _table(["seed", "slot", "blueprint", "state", "worth, points of validation accuracy [interval]"], rows)
+        design = f"{seed.get('family', '')} +{seed.get('size', '')} ({str(seed['blueprint'])[:8]})"
+        rows.append(
+            [seed.get("seed", ""), _slot(seed), design, _Html(_chip(seed["state"])), points, seed.get("reason", "")]
+        )
+    head = ["seed", "slot", "blueprint", "state", "worth, points of validation accuracy [interval]", "why"]
+    return _table(head, rows)
 
 
 def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
@@ -168,18 +214,27 @@ def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
         )
         rows = [
             [
-                str(item["slot"]).rsplit("/", 1)[-1],
-                str(item["width"]),
-                str(item["planned_width"]),
-                _number(item["need"], ".2f"),
-                "yes" if item["chosen"] else "no",
-                item["reason"],
+                _slot(item),
+                _number(item.get("width"), ",d"),
+                _number(item.get("planned_width"), ",d"),
+                _number(item.get("need"), ".2f"),
+                "yes" if item.get("chosen") else "no",
+                item.get("reason", ""),
             ]
             for item in decision.get("evidence") or []
         ]
-        table = _table(["slot", "width", "planned", "need", "chosen", "why"], rows, numbers=range(1, 4))
+        table = _table(["slot", "width", "planned", "use of planned width", "chosen", "why"], rows, numbers=range(1, 4))
         parts.append(f"<details><summary>evidence for {len(rows)} slots</summary>{table}</details>" if rows else "")
     return "".join(parts) or '<p class="none">Tamiyo was not asked</p>'
+
+
+def _slot(item: Mapping[str, Any]) -> str:
+    """A slot's name without its collection."""
+    return str(item["slot"]).rsplit("/", 1)[-1]
+
+
+def _chip(state: object) -> str:
+    return f'<span class="chip {escape(str(state))}">{escape(str(state))}</span>'
 
 
 def _services(mesh: Mapping[str, Any]) -> str:
@@ -187,10 +242,13 @@ def _services(mesh: Mapping[str, Any]) -> str:
         [name, status["address"] or "-", status["state"], str(status["restarts"])]
         for name, status in (mesh.get("services") or {}).items()
     ]
-    table = _table(["service", "address", "state", "restarts"], rows, numbers=[3])
-    news = [e for e in mesh.get("events") or [] if e["kind"] in ("exited", "restarting", "gave_up")]
-    lines = "".join(f"<li>{escape(e['name'])} {escape(e['kind'])}: {escape(e['detail'])}</li>" for e in news)
-    return table + (f"<ul>{lines}</ul>" if lines else "<p>No service had to be restarted.</p>")
+    table = _table(["service", "address", "state at the end", "restarts"], rows, numbers=[3])
+    news = [
+        f"<li>{escape(event['name'])} {escape(event['kind'].replace('_', ' '))}: {escape(event['detail'])}</li>"
+        for event in mesh.get("events") or []
+        if event["kind"] in ("exited", "restarting", "gave_up") and event["detail"] != "exit code 0"
+    ]
+    return table + (f"<ul>{''.join(news)}</ul>" if news else "<p>No process had to be restarted.</p>")
 
 
 def _startup(summary: Mapping[str, Any], mesh: Mapping[str, Any]) -> str:
@@ -210,6 +268,12 @@ def _config(path: Path) -> str:
     return f"<details><summary>effective configuration</summary><pre>{escape(text)}</pre></details>"
 
 
+class _Html(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
 def _section(title: str, body: str, *, wide: bool = False) -> str:
     return f'<section class="{"wide" if wide else ""}"><h2>{escape(title)}</h2>{body}</section>'
 
@@ -220,7 +284,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Itera
     right = set(numbers)
 
     def cell(tag: str, index: int, value: Any) -> str:
-        return f"<{tag}{' class=n' if index in right else ''}>{escape(str(value))}</{tag}>"
+        inner = value if isinstance(value, _Html) else escape(str(value))
+        return f"<{tag}{' class=n' if index in right else ''}>{inner}</{tag}>"
 
     top = "".join(cell("th", index, value) for index, value in enumerate(head))
     body = "".join(f"<tr>{''.join(cell('td', i, value) for i, value in enumerate(row))}</tr>" for row in rows)
@@ -244,8 +309,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; a line that a crash cut short is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    return [line for line in lines if isinstance(line, dict)]

@@ -87,15 +87,9 @@ def describe(message: Progress) -> str | None:
         case SeedProgress(to_state="DORMANT"):
             return None
         case SeedProgress():
-            worth = ""
-            if message.contribution is not None:
-                worth = (
-                    f"  worth {message.contribution['points']:+.2f} points "
-                    f"[{message.contribution['low']:+.2f}, {message.contribution['high']:+.2f}]"
-                )
             return (
                 f"seed {message.seed} ({message.family} +{message.size} at {slot_label(message.slot)}): "
-                f"{message.from_state} -> {message.to_state} at step {message.step}: {message.reason}{worth}"
+                f"{message.from_state} -> {message.to_state} at step {message.step}: {message.reason}"
             )
         case DecisionProgress():
             return f"Tamiyo ({message.latency_ms:.0f} ms) after epoch {message.epoch}: {message.explanation}"
@@ -222,7 +216,7 @@ class LiveView:
                 self.say(str(describe(message)))
             case StatusProgress():
                 self._status = message.message
-                if "rolled" in message.message or message.state in ("failed", "finishing"):
+                if self._epoch is not None and message.state != "comparing":
                     self._news.append(message.message)
             case SummaryProgress():
                 self._status = "done"
