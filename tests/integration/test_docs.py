@@ -1,8 +1,8 @@
 """Every command of the README and the user guide is run, as it stands, in a folder that looks like the repository.
 
 A fenced ``sh`` block may be preceded by a comment that says how: ``<!-- make -->`` (its targets exist),
-``<!-- live -->`` (while a run goes on), ``<!-- kafka -->`` and ``<!-- cifar10 -->`` (where those are). All others run as
-they are, in their order; the python block is the file that the text names.
+``<!-- live -->`` (while a run goes on), ``<!-- kafka -->`` and ``<!-- cifar10 -->`` (where those are). All others
+run as they are, in their order; the python block is the file that the text names.
 """
 
 from __future__ import annotations
