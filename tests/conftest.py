@@ -14,8 +14,9 @@ import pytest
 import services  # noqa: F401 - puts the generated contracts on sys.path
 from tests.infrastructure.kafka import _kafka_session, kafka_broker
 from tests.infrastructure.postgres import _postgres_port, postgres_url
+from tests.infrastructure.short_run import short_run
 
-__all__ = ["_kafka_session", "_postgres_port", "kafka_broker", "postgres_url"]
+__all__ = ["_kafka_session", "_postgres_port", "kafka_broker", "postgres_url", "short_run"]
 
 _TESTS: Final = Path(__file__).parent
 _WHOLE: Final = ("integration", "faults", "benchmarks")

@@ -19,7 +19,7 @@ from services.blueprints.digest import JsonValue, sha256
 from services.blueprints.signature import attest_status, sign
 from services.blueprints.spec import Blueprint
 from services.chassis.errors import EsperError, Reason
-from services.chassis.telemetry import Telemetry
+from services.chassis.telemetry import Telemetry, context_from, current_traceparent
 from services.tezzeret.jobs import ENDED, Job, JobBook, Spec, State, now
 from services.tezzeret.worker import CancelledJobError, Worker
 from services.tezzeret.workers import Workers
@@ -90,6 +90,8 @@ class Compiler:
         self._workers = workers
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._cancels: dict[str, threading.Event] = {}
+        #: Traceparent of the call that asked for a job that waits; jobs of an earlier life have none.
+        self._causes: dict[str, str | None] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -111,6 +113,7 @@ class Compiler:
         """Queue a job unless an equal one is there; see :meth:`JobBook.create`."""
         job, fresh = self._book.create(spec)
         if fresh:
+            self._causes[job.name] = current_traceparent()
             self._on_change(job, True)
             self._announcer.submitted(job)
             self._queue.put_nowait(job.name)
@@ -133,17 +136,20 @@ class Compiler:
         await self._workers.warm()
         while True:
             name = await self._queue.get()
+            cause = self._causes.pop(name, None)
             job = self._book.get(name)
             if job.state is State.QUEUED:
-                await self._run(worker, job)
+                await self._run(worker, job, cause)
 
-    async def _run(self, worker: Worker, job: Job) -> None:
+    async def _run(self, worker: Worker, job: Job, cause: str | None) -> None:
         self._cancels[job.name] = threading.Event()
         running = replace(job, state=State.RUNNING, stage="CHECKING", start_time=now(), attempts=job.attempts + 1)
         running = self._put(running)
         try:
             with self._telemetry.span(
-                "compile", {"esper.compile_job": job.name, "esper.blueprint": job.spec.blueprint}
+                "compile",
+                {"esper.compile_job": job.name, "esper.blueprint": job.spec.blueprint},
+                parent=context_from(cause),
             ):
                 await self._compile(worker, running)
         except CancelledJobError:

@@ -207,7 +207,10 @@ class AdaptationCoordinator:
             yield
 
     def _span(self, name: str, origin: str) -> contextlib.AbstractContextManager[object]:
-        return self._telemetry.span(name, {"esper.origin": origin}, parent=context_from(self._story.traces.get(origin)))
+        # Linked to what the loop does at the moment: the adaptation's trace says why, the epoch's says when.
+        cause = link_to(current_traceparent())
+        parent = context_from(self._story.traces.get(origin))
+        return self._telemetry.span(name, {"esper.origin": origin}, parent=parent, links=[cause])
 
     def _germinate(self, change: PlannedChange, command_id: str, origin: str, clock: Clock, epoch: int) -> SeedRecord:
         """The new seed. Raises ValueError: a plan may be stale, a caller may be wrong."""
@@ -359,12 +362,14 @@ class AdaptationCoordinator:
         if not transitions:
             return False
         self._on_change([fusion for transition in transitions for fusion in transition.replaced])
-        self._witness.transitioned(transitions, self.engine, epoch)
         records = {record.seed: record for record in self.engine.seeds()}
         for seed in dict.fromkeys(transition.seed for transition in transitions):
-            if records[seed].outcome is not None and seed not in self._story.ended:
-                self._story.ended[seed] = records[seed].reason
-                self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
+            with self._span("transition", self._story.origins.get(seed, "")):
+                story = [transition for transition in transitions if transition.seed == seed]
+                self._witness.transitioned(story, self.engine, epoch)
+                if records[seed].outcome is not None and seed not in self._story.ended:
+                    self._story.ended[seed] = records[seed].reason
+                    self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
         return True
 
     def reason(self, record: SeedRecord) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.blueprints.artifact import ArtifactError, Kernel
+from services.chassis.errors import EsperError
+from services.chassis.files import write_atomically
 from services.kasmina.kernel_cache import CacheStats, KernelCache
 from services.tolaria.ports import KernelFile, KernelUnavailableError
 
@@ -29,12 +31,14 @@ class KernelShelf:
             self._cache.put(file.data, digest, file.signature, self._public_key)
         except ArtifactError as error:
             raise KernelUnavailableError(f"the kernel {file.digest[:12]} was refused: {error}") from error
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # The signature first: a kernel file is only looked for once both are there.
-        (self._folder / f"{file.digest}.signature").write_bytes(file.signature)
-        part = self._folder / f".{file.digest}.part"
-        part.write_bytes(file.data)
-        part.replace(self._folder / f"{file.digest}.safetensors")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # The signature first: a kernel file is only looked for once both are there.
+            write_atomically(self._folder / f"{file.digest}.signature", file.signature)
+            write_atomically(self._folder / f"{file.digest}.safetensors", file.data)
+        except (OSError, EsperError) as error:
+            # A kernel that a resume would not find must not get into the network.
+            raise KernelUnavailableError(f"the kernel {file.digest[:12]} cannot be kept: {error}") from error
         return file.digest
 
     def take(self, digest: str) -> Kernel:

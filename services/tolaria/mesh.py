@@ -137,6 +137,7 @@ class MeshClient:
         self._picture = run_pb2.Run(name=run_name(run))
         # The loop's own.
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._searches: set[asyncio.Task[Any]] = set()
         self._known: Sequence[Blueprint] = ()
         self._publisher: EventPublisher | None = None
 
@@ -179,6 +180,8 @@ class MeshClient:
 
     async def _stop(self) -> None:
         self._subscriber.stop()
+        for search in self._searches:  # nobody will take what they find
+            search.cancel()
         for link in (self._kasmina, self._tolaria):
             link.close()
         assert self._publisher is not None, "stop() comes after start()"
@@ -186,6 +189,7 @@ class MeshClient:
             *self._links,
             self._listening,
             *self._tasks,
+            *self._searches,
             asyncio.ensure_future(self._publisher.stop(_STOP_SECONDS)),
         ]
         _, late = await asyncio.wait(waited, timeout=_STOP_SECONDS + _GRACE_SECONDS)
@@ -249,6 +253,10 @@ class MeshClient:
         return _PendingKernel(self._call(self._obtain(target, current_traceparent())))
 
     async def _obtain(self, target: KernelTarget, cause: str | None) -> str:
+        task = asyncio.current_task()
+        assert task is not None, "this runs as a task"
+        self._searches.add(task)
+        task.add_done_callback(self._searches.discard)
         blueprint, parent = target.blueprint.id, context_from(cause)
         with self._telemetry.span("obtain kernel", {"esper.blueprint": blueprint}, parent=parent):
             return await self._kernels.obtain(target)

@@ -17,6 +17,8 @@ from typing import Any
 from esper.events.v1 import events_pb2
 from esper.kasmina.v1 import seed_pb2
 from esper.tolaria.v1 import run_pb2
+from services.chassis.errors import EsperError
+from services.chassis.files import write_atomically
 from services.kasmina.engine import GrowthEngine
 from services.kasmina.kernel_cache import CacheStats
 from services.kasmina.model import Contribution, HealthReport, SeedRecord, SeedTransition
@@ -287,6 +289,8 @@ class RunReporter:
             self.status("training", f"{name} cannot be written: {error.strerror}", lost_lines=self.lost_lines)
 
     def _write_lineage(self, engine: GrowthEngine) -> None:
-        part = self._folder / (LINEAGE_FILE + ".part")
-        part.write_text(json.dumps(finite(engine.lineage()), indent=1) + "\n", encoding="utf-8")
-        part.replace(self._folder / LINEAGE_FILE)
+        content = json.dumps(finite(engine.lineage()), indent=1) + "\n"
+        try:
+            write_atomically(self._folder / LINEAGE_FILE, content, fsync=False)
+        except EsperError as error:
+            self.status("training", f"{LINEAGE_FILE} is not up to date: {error.message}")

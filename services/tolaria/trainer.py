@@ -209,7 +209,9 @@ class TolariaTrainer:
             self._remember()
         while self.step < self.total_steps:
             self._train_epoch()
-        return self._finish(started)
+        links = [link_to(self._run_trace)]
+        with self.telemetry.span("finish", {"esper.arm": self.arm}, parent=ROOT, links=links):
+            return self._finish(started)
 
     @property
     def epoch(self) -> int:

@@ -1,0 +1,59 @@
+"""kill -9 during a run: of every service, and of the process that trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.infrastructure.runs import SERVICES, SHORT, running, validation_figures
+from tests.infrastructure.short_run import ShortRun
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def test_each_service_may_be_killed_and_the_run_ends_well(tmp_path: Path) -> None:
+    """The library and the compiler die while a kernel is on its way, the others one after the other."""
+    overrides = ("training.epochs=100", "compare=[]", "growth.decisions=1", "growth.kernel_timeout_epochs=100")
+    with running(tmp_path, *overrides) as run:
+        run.until(lambda: run.lines("decisions.jsonl"), "a decision")
+        killed = {}
+        for wave in (("tezzeret", "urza"), ("oona", "kasmina"), ("tolaria", "tamiyo")):
+            for name in wave:
+                killed[name] = run.kill(name)
+            for name in wave:
+                run.until_back(name, killed[name])
+        ended = run.wait()
+        assert ended.code == 0, ended.err
+        assert ended.summary["status"] == "succeeded"
+        assert ended.summary["epochs"] == 100
+        assert {name: service["restarts"] for name, service in ended.summary["services"].items()} == dict.fromkeys(
+            SERVICES, 1
+        )
+        assert ended.summary["adaptations"]["fossilized"] > 0, "no seed outlived the kills"
+        assert ended.summary["events"]["dropped"] == 0
+        report = (run.folder / "report.html").read_text()
+        for name in SERVICES:
+            assert f"{name} exited: killed by SIGKILL" in report
+            assert f"{name} restarting: restart 1 of at most 10" in report
+            assert f"{name} exited: killed by SIGKILL" in ended.err, "people are not told"
+        assert run.left_over() == []
+
+
+def test_a_killed_training_process_is_resumed_and_equals_its_twin(short_run: ShortRun, tmp_path: Path) -> None:
+    """Killed while its seeds are under way; the twin ran without interruption."""
+    with running(tmp_path, *SHORT) as run:
+        run.until_epoch(3)
+        before = run.kill("training")
+        ended = run.wait()
+        assert ended.code == 0, ended.err
+        assert "from its last checkpoint" in ended.err, "people are not told"
+        report = (run.folder / "report.html").read_text()
+        assert "training exited: killed by SIGKILL" in report
+        assert before not in {process.pid for process in run.left_over()}
+        assert run.left_over() == []
+        assert validation_figures(run.metrics()) == validation_figures(short_run.metrics())
+    twin = short_run.ended.summary
+    assert ended.summary["accuracy"]["grown"] == twin["accuracy"]["grown"]
+    assert ended.summary["seeds"] == twin["seeds"]
+    assert ended.summary["flops"] == twin["flops"]
