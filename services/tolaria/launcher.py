@@ -286,12 +286,8 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     arms: Mapping[str, Mapping[str, Any]] = summary.get("arms") or {}
     if arms:
-        lines += [
-            "",
-            f"{'':<8}{'test %':>8}{'parameters':>12}{'FLOPs/image':>13}{'training FLOPs':>16}{'seconds':>9}{'growth':>8}",
-        ]
-        lines += [_arm_line(name, figures) for name, figures in arms.items()]
-        lines.append("")
+        head = f"{'':<8}{'test %':>8}{'parameters':>12}{'FLOPs/image':>13}{'training FLOPs':>16}{'seconds':>9}  growth"
+        lines += ["", head, *(_arm_line(name, figures) for name, figures in arms.items()), ""]
     if (found := verdict(summary)) is not None:
         lines += [f"{found.words}.", found.caution]
     seconds = summary.get("growth_seconds")

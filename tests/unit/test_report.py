@@ -1,0 +1,162 @@
+"""The report of a run: whole, cut short, or hardly begun; and its charts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.chassis.errors import EsperError
+from services.tolaria.charts import Bar, Series, line_chart, timeline
+from services.tolaria.report import render, verdict, write_report
+
+
+def lines(path: Path, *content: dict[str, Any], tail: str = "") -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in content) + tail, encoding="utf-8")
+
+
+def epoch(arm: str, number: int, accuracy: float | None = 50.0) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "epoch": number,
+        "step": number * 10,
+        "train_loss": 1.0 / number,
+        "validation_accuracy": accuracy,
+        "parameters": 100 + number,
+    }
+
+
+def transition(state: str, step: int) -> dict[str, Any]:
+    return {
+        "arm": "grown",
+        "kind": "transition",
+        "seed": "seed-1",
+        "slot": "runs/r/slots/conv<1>",
+        "to_state": state,
+        "step": step,
+        "epoch": 1,
+        "reason": "because",
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder with everything in it."""
+    (tmp_path / "config.yaml").write_text("training: <b>\n", encoding="utf-8")
+    lines(tmp_path / "metrics.jsonl", epoch("grown", 1), epoch("grown", 2, None), epoch("host", 1), tail='{"cut\n7\n')
+    states = ("GERMINATED", 10), ("GRAFTING", 12), ("GRAFTING", 12), ("FOSSILIZED", 20), ("DORMANT", 20)
+    lines(tmp_path / "events.jsonl", {"kind": "state"}, *(transition(*state) for state in states))
+    evidence = [
+        {"slot": "a/conv1", "width": 2, "planned_width": 4, "need": 0.5, "chosen": True, "reason": "x"},
+        {"slot": "b"},
+    ]
+    lines(
+        tmp_path / "decisions.jsonl",
+        {"epoch": 1, "step": 10, "explanation": "widen <it>", "evidence": evidence},
+        {"epoch": 2, "step": 20, "explanation": "Tamiyo did not answer in time"},
+    )
+    service = {"address": "127.0.0.1:1", "state": "stopped", "restarts": 1, "serving_after": 1.5}
+    mesh = {
+        "services": {"urza": service, "oona": {**service, "address": None, "serving_after": None}},
+        "events": [
+            {"name": "urza", "kind": "exited", "detail": "killed by SIGKILL"},
+            {"name": "training", "kind": "exited", "detail": "exit code 0"},
+            {"name": "urza", "kind": "serving", "detail": ""},
+        ],
+        "startup": {"torch": 2.5},
+        "first_step_seconds": 6.0,
+    }
+    (tmp_path / "mesh.json").write_text(json.dumps(mesh), encoding="utf-8")
+    worth = {"points": 1.5, "low": 0.5, "high": 2.5}
+    seed = {"seed": "seed-1", "slot": "conv1", "blueprint": "abcdef0123", "state": "FOSSILIZED", "contribution": worth}
+    summary = {
+        "status": "succeeded",
+        "accuracy": {"grown": 90.0, "host": 80.0, "bigger": 91.0},
+        "arms": {"grown": {"test_accuracy": 90.0, "parameters": 1200}, "host": {"test_accuracy": 80.0}},
+        "seeds": [seed, {**seed, "contribution": None}],
+        "events": {"published": 7, "dropped": 0},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_whole_run(folder: Path) -> None:
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "Growth gained +10.00 points over the same host, -1.00 against its own final shape" in text
+    assert "1,200" in text
+    assert "not measured" in text
+    assert "+1.50 [+0.50, +2.50]" in text
+    assert "widen &lt;it&gt;" in text, "what people wrote is text, not HTML"
+    assert "evidence for 2 slots" in text
+    assert "Tamiyo did not answer in time" in text
+    assert "urza exited: killed by SIGKILL" in text
+    assert "exit code 0" not in text
+    assert "conv&lt;1&gt;" in text
+    assert "training: &lt;b&gt;" in text
+    assert text.count('class="bar GRAFTING"') == 1, "what a resumed run tells again counts once"
+    assert "<script" not in text
+    assert "http" not in text, "nothing comes from elsewhere"
+
+
+def test_a_run_without_gain_says_so(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["accuracy"] = {"grown": 80.0, "host": 80.0, "bigger": None}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = render(folder)
+    assert "No gain from growth: +0.00 points" in text
+    assert "own final shape" not in text
+    summary["accuracy"]["host"] = None
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "80.00 % on the test set" in render(folder)
+    assert verdict(summary) is None
+    assert verdict({}) is None
+
+
+@pytest.mark.parametrize("summary", [None, "[1]", "{", '{"reason": "the <disk> is full"}'])
+def test_a_run_that_came_to_nothing(tmp_path: Path, summary: str | None) -> None:
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    text = render(tmp_path)
+    assert "No result" in text
+    assert ("the &lt;disk&gt; is full" in text) == (summary is not None and "disk" in summary)
+    assert "Tamiyo was not asked" in text
+    assert "nothing happened" in text
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(EsperError, match=r"report\.html"):
+        write_report(tmp_path)
+
+
+# ---- charts ------------------------------------------------------------------------------------------------------
+
+
+def test_lines_marks_and_stairs() -> None:
+    flat = Series("flat", [(0, 5.0), (1, 5.0)])
+    assert "NaN" not in line_chart([flat], x_label="x", y_label="y")
+    chart = line_chart(
+        [Series("a<b", [(0, 0.0), (10, 100.0)], step=True), Series("none", [])], x_label="x", y_label="y", marks=[5]
+    )
+    assert "a&lt;b" in chart
+    assert "none" not in chart
+    assert chart.count('class="mark"') == 1
+    points = chart.split('points="')[1].split('"')[0].split(" ")
+    assert len(points) == 3, "a stair has a corner"
+    assert line_chart([], x_label="x", y_label="y") == '<p class="none">not measured</p>'
+
+
+@pytest.mark.parametrize(("top", "tick"), [(50.0, ">20<"), (40_000.0, ">20k<"), (4e6, ">2M<"), (4e9, ">2G<")])
+def test_ticks_are_round_and_short(top: float, tick: str) -> None:
+    assert tick in line_chart([Series("s", [(0, 0.0), (1, top)])], x_label="x", y_label="y")
+
+
+def test_a_timeline_begins_with_the_run() -> None:
+    drawn = timeline(
+        [Bar("row", 50, 100, "label <1>", "TRAINING"), Bar("row", 100, 100, "end", "FOSSILIZED")], x_label="step"
+    )
+    assert "label &lt;1&gt;" in drawn
+    assert 'width="2.0"' in drawn, "what took no time is seen all the same"
+    assert ">0<" in drawn
