@@ -45,7 +45,7 @@ class Link(Generic[_C]):
                 coming = asyncio.ensure_future(self._outbox.get())
                 events: list[asyncio.Future[Any]] = [coming, ended, *stops]
                 done, _ = await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-                if coming not in done:
+                if done - {coming}:  # what was on its way is in the ledger, for whoever attaches next
                     coming.cancel()
                     return
                 yield coming.result()
