@@ -40,9 +40,12 @@ def test_each_service_may_be_killed_and_the_run_ends_well(tmp_path: Path) -> Non
         assert run.left_over() == []
 
 
-def test_a_killed_training_process_is_resumed_and_equals_its_twin(short_run: ShortRun, tmp_path: Path) -> None:
-    """Killed while its seeds are under way; the twin ran without interruption."""
-    with running(tmp_path, *SHORT) as run:
+@pytest.mark.parametrize("every", [1, 100], ids=["from its checkpoint", "from its journal alone"])
+def test_a_killed_training_process_is_resumed_and_equals_its_twin(
+    short_run: ShortRun, tmp_path: Path, every: int
+) -> None:
+    """Killed while its seeds are under way, after its first checkpoint and before; the twin was not interrupted."""
+    with running(tmp_path, *SHORT, f"training.checkpoint_every_epochs={every}") as run:
         run.until_epoch(3)
         before = run.kill("training")
         ended = run.wait()
