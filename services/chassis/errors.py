@@ -21,6 +21,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN: Final = "esper"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
+# Bounds of what an error carries, in bytes of UTF-8; the message is percent-encoded, up to three times as long.
+_MESSAGE_BYTES: Final = 800
+_TEXT_BYTES: Final = 250
+_VIOLATIONS: Final = 5
 _Code = grpc.StatusCode
 _M = TypeVar("_M", bound=Message)
 
@@ -475,7 +479,7 @@ class EsperError(Exception):
 
 
 class RemoteError(EsperError):
-    """An error that another process answered with; ``rpc_error`` is the raw one, details are decoded on first use."""
+    """An error that another process answered with; ``rpc_error`` is the raw one."""
 
     def __init__(self, rpc_error: grpc.RpcError, status: status_pb2.Status | None) -> None:
         code, message = status_of(rpc_error)
@@ -560,14 +564,20 @@ class RpcStatus(grpc.Status):
 
 
 def to_rpc_status(error: EsperError) -> RpcStatus:
-    """The error for the wire: a google.rpc.Status in the trailers beside code and message."""
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=str(error.reason), domain=DOMAIN, metadata=error.metadata)
-    ]
+    """The error for the wire: a google.rpc.Status in the trailers beside code and message.
+
+    Texts are cut so that the trailers stay below the 8 KiB that every gRPC peer takes: above it a client would see
+    nothing of the error.
+    """
+    message = _cut(error.message, _MESSAGE_BYTES)
+    metadata = {key: _cut(value, _TEXT_BYTES) for key, value in error.metadata.items()}
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=str(error.reason), domain=DOMAIN, metadata=metadata)]
     if error.violations:
         fields = [
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in error.violations
+            error_details_pb2.BadRequest.FieldViolation(
+                field=_cut(v.field, _TEXT_BYTES), description=_cut(v.description, _TEXT_BYTES)
+            )
+            for v in error.violations[:_VIOLATIONS]
         ]
         details.append(error_details_pb2.BadRequest(field_violations=fields))
     if error.retry_after is not None:
@@ -577,12 +587,17 @@ def to_rpc_status(error: EsperError) -> RpcStatus:
     if error.resource is not None:
         details.append(
             error_details_pb2.ResourceInfo(
-                resource_type=error.resource.type, resource_name=error.resource.name, description=error.message
+                resource_type=error.resource.type, resource_name=_cut(error.resource.name, _TEXT_BYTES)
             )
         )
     number = error.code.value[0]
-    status = status_pb2.Status(code=number, message=error.message, details=_pack(details))
-    return RpcStatus(error.code, error.message, ((_DETAILS_KEY, status.SerializeToString()),))
+    status = status_pb2.Status(code=number, message=message, details=_pack(details))
+    return RpcStatus(error.code, message, ((_DETAILS_KEY, status.SerializeToString()),))
+
+
+def _cut(text: str, most: int) -> str:
+    data = text.encode()
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
 
 
 def _pack(messages: Iterable[Message]) -> list[AnyMessage]:

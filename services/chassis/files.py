@@ -63,17 +63,24 @@ def write_atomically(path: Path, content: bytes | str, *, fsync: bool = True, mo
 
 
 def append_line(path: Path, record: Any, *, fsync: bool = False) -> None:
-    """Append ``record`` as one line of JSON.
+    """Append ``record`` as one line of JSON; a line that a crash has torn is ended first, so that only it is lost.
 
     Raises:
-        EsperError: STORAGE_FULL or STORAGE_FAILED; lines before it are intact.
+        EsperError: STORAGE_FULL or STORAGE_FAILED; lines before it are intact, nothing of it stays.
     """
-    line = json.dumps(record, separators=(",", ":")) + "\n"
+    line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     try:
-        with path.open("ab") as file:
-            file.write(line.encode())
-            if fsync:
-                file.flush()
-                os.fsync(file.fileno())
+        with path.open("a+b", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
+                line = b"\n" + line
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                if fsync:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
     except OSError as error:
         raise storage_error(path, error) from error

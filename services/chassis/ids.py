@@ -8,7 +8,7 @@ import time
 from functools import cache
 from typing import Final
 
-from services.chassis.errors import EsperError, Reason
+from services.chassis.errors import EsperError, FieldViolation, Reason, required
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _TIME_DIGITS: Final = 10
@@ -31,11 +31,8 @@ def _digits(number: int, count: int) -> str:
 
 @cache
 def _matcher(pattern: str) -> re.Pattern[str]:
-    """``runs/{r}/slots/{slot}`` as an expression; a variable is one segment, the last may hold colons and dots too."""
-    parts = [
-        r"([^/\s]+)" if _VARIABLE.fullmatch(part) else re.escape(part)
-        for part in _VARIABLE.sub(r"{\1}", pattern).split("/")
-    ]
+    """``runs/{r}/slots/{slot}`` as an expression; a variable is one segment, which may hold colons and dots."""
+    parts = [r"([^/\s]+)" if _VARIABLE.fullmatch(part) else re.escape(part) for part in pattern.split("/")]
     return re.compile("/".join(parts))
 
 
@@ -51,12 +48,14 @@ def parse_name(pattern: str, name: str, *, field: str = "name") -> tuple[str, ..
         EsperError: REQUIRED_FIELD when it is empty, INVALID_NAME when it has another form.
     """
     if not name:
-        raise EsperError(f"{field}: it is required and empty", reason=Reason.REQUIRED_FIELD, metadata={"field": field})
+        raise required(field)
     found = _matcher(pattern).fullmatch(name)
     if found is None:
+        why = f"{name!r} does not have the form {pattern}"
         raise EsperError(
-            f"{field}: {name!r} does not have the form {pattern}",
+            f"{field}: {why}",
             reason=Reason.INVALID_NAME,
             metadata={"field": field, "pattern": pattern},
+            violations=[FieldViolation(field, why)],
         )
     return found.groups()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final, Generic, TypeVar
 
 from services.chassis.errors import EsperError, Reason
@@ -33,25 +33,36 @@ class Link(Generic[_C]):
         """Send a command; the ledger that holds it is what bounds this queue."""
         self._outbox.put_nowait(command)
 
+    @property
+    def waiting(self) -> int:
+        """Commands put and not taken yet."""
+        return self._outbox.qsize()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a newer process of its run has attached."""
+        return self._replaced.is_set()
+
     def replace(self) -> None:
         """End this link: a newer process of its run has attached."""
         self._replaced.set()
 
     async def commands(self, draining: asyncio.Event, ended: asyncio.Future[None]) -> AsyncGenerator[_C, None]:
         """Commands as they come, until the link is replaced, the server drains or the reading side has ended."""
-        stops = [asyncio.ensure_future(event.wait()) for event in (draining, self._replaced)]
+        stops: list[asyncio.Future[Any]] = [asyncio.ensure_future(event.wait()) for event in (draining, self._replaced)]
+        coming: asyncio.Future[_C] | None = None
         try:
             while True:
                 coming = asyncio.ensure_future(self._outbox.get())
                 events: list[asyncio.Future[Any]] = [coming, ended, *stops]
                 done, _ = await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
                 if done - {coming}:  # what was on its way is in the ledger, for whoever attaches next
-                    coming.cancel()
                     return
                 yield coming.result()
         finally:
-            for stop in stops:
-                stop.cancel()
+            for pending in (*stops, coming):
+                if pending is not None:
+                    pending.cancel()
 
 
 class LinkRegistry(Generic[_C]):
@@ -108,11 +119,29 @@ class LinkRegistry(Generic[_C]):
         """
         waiting = self._unanswered.setdefault(run, {})
         if len(waiting) >= self._limit:
-            raise EsperError(
-                f"{run}: {self._limit} commands wait for a safe point already",
-                reason=Reason.COMMAND_QUEUE_FULL,
-                retry_after=_RETRY_SECONDS,
-            )
+            raise self._full(run)
+        waiting[command_id] = command
+        if (link := self._links.get(run)) is not None:
+            link.put(command)
+
+    def hint(self, run: str, command: _C) -> bool:
+        """Pass on what need not arrive: it is not kept, and False when the run is not attached now.
+
+        Raises:
+            EsperError: COMMAND_QUEUE_FULL when the process is so far behind that as much as may wait already does.
+        """
+        link = self._links.get(run)
+        if link is None:
+            return False
+        if link.waiting >= self._limit:
+            raise self._full(run)
+        link.put(command)
+        return True
+
+    def replace(self, run: str, command_id: str, command: _C) -> None:
+        """Pass on ``command`` in place of the one that waits under ``command_id``, which is not sent again."""
+        waiting = self._unanswered.setdefault(run, {})
+        waiting.pop(command_id, None)
         waiting[command_id] = command
         if (link := self._links.get(run)) is not None:
             link.put(command)
@@ -121,22 +150,52 @@ class LinkRegistry(Generic[_C]):
         """The training process answered a command: it need not be sent again."""
         self._unanswered.get(run, {}).pop(command_id, None)
 
+    def _full(self, run: str) -> EsperError:
+        return EsperError(
+            f"{run}: {self._limit} commands wait for a safe point already",
+            reason=Reason.COMMAND_QUEUE_FULL,
+            retry_after=_RETRY_SECONDS,
+        )
+
+
+async def first_message(requests: AsyncIterator[_M], draining: asyncio.Event) -> _M | None:
+    """The message a stream begins with, or ``None`` for a stream that ends without one.
+
+    Raises:
+        EsperError: DRAINING when the server drains before anything came.
+    """
+    coming, stop = asyncio.ensure_future(_next(requests)), asyncio.ensure_future(draining.wait())
+    try:
+        await asyncio.wait([coming, stop], return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise EsperError("the server is shutting down: connect again", reason=Reason.DRAINING)
+        return coming.result()
+    finally:
+        coming.cancel()
+        stop.cancel()
+
+
+async def _next(requests: AsyncIterator[_M]) -> _M | None:
+    return await anext(requests, None)
+
 
 async def serve_link(
     requests: AsyncIterator[_M],
     link: Link[_C],
     registry: LinkRegistry[_C],
-    handle: Callable[[_M], Awaitable[None]],
+    handle: Callable[[_M], None],
     draining: asyncio.Event,
-) -> AsyncIterator[_C]:
+) -> AsyncGenerator[_C, None]:
     """Commands for the stream of ``link`` while ``handle`` gets what comes up; ends with either side.
 
-    An error of ``handle`` ends the stream with that error. The link is detached in the end.
+    An error of ``handle`` ends the stream with that error. The link is detached in the end, and what an older process
+    still says once a newer one has attached is dropped. Close it with ``aclosing``.
     """
 
     async def read() -> None:
         async for message in requests:
-            await handle(message)
+            if not link.replaced:
+                handle(message)
 
     reader = asyncio.ensure_future(read())
     try:

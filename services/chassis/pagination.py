@@ -13,6 +13,7 @@ from services.chassis.errors import EsperError, Reason, invalid
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
+_MOST_DIGITS: Final = 19
 
 
 def page_size_of(requested: int, *, default: int = DEFAULT_PAGE_SIZE, maximum: int = MAX_PAGE_SIZE) -> int:
@@ -39,11 +40,25 @@ def decode_token(filter_fields: Mapping[str, object], token: str) -> str:
     """
     try:
         mark, cursor = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (binascii.Error, ValueError, TypeError) as error:
+    except (binascii.Error, ValueError, TypeError, RecursionError) as error:
         raise _bad_token("it is none that a list gave") from error
     if mark != _mark(filter_fields) or not isinstance(cursor, str):
         raise _bad_token("it was given for another list or filter")
     return cursor
+
+
+def decode_offset(filter_fields: Mapping[str, object], token: str) -> int:
+    """The cursor in a token as a whole number from 0; 0 for no token.
+
+    Raises:
+        EsperError: INVALID_PAGE_TOKEN.
+    """
+    if not token:
+        return 0
+    cursor = decode_token(filter_fields, token)
+    if not (cursor.isascii() and cursor.isdigit() and len(cursor) < _MOST_DIGITS):
+        raise _bad_token("it is none that a list gave")
+    return int(cursor)
 
 
 def _mark(filter_fields: Mapping[str, object]) -> str:

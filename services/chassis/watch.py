@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from esper.common.v1.common_pb2 import ChangeType
 from services.chassis.errors import EsperError, Reason
-from services.chassis.pagination import decode_token, encode_token
+from services.chassis.pagination import decode_offset, encode_token
 
 _T = TypeVar("_T")
 _HISTORY: Final = 1024
@@ -21,7 +21,10 @@ _HEARTBEAT_SECONDS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class WatchItem(Generic[_T]):
-    """One message of a watch: ``item`` is ``None`` in a bookmark; ``token`` resumes after this message."""
+    """One message of a watch: ``item`` is ``None`` in a bookmark; ``token`` resumes after this message.
+
+    Within the snapshot the token is empty: a watch that was cut there has to begin with a snapshot again.
+    """
 
     change: ChangeType.ValueType
     item: _T | None
@@ -82,8 +85,10 @@ class WatchHub(Generic[_T]):
         draining: asyncio.Event,
         match: Callable[[_T], bool] = lambda item: True,
         resume_token: str | None = None,
-    ) -> AsyncIterator[WatchItem[_T]]:
+    ) -> AsyncGenerator[WatchItem[_T], None]:
         """Snapshot and bookmark, or the changes since ``resume_token``; then changes until ``draining`` is set.
+
+        Close it with ``aclosing``, so that a watcher that went away is forgotten at once.
 
         Args:
             snapshot: all resources as of now; called once, not when resuming.
@@ -92,7 +97,7 @@ class WatchHub(Generic[_T]):
             resume_token: of a message before.
 
         Raises:
-            EsperError: RESUME_TOKEN_EXPIRED, INVALID_PAGE_TOKEN, WATCHER_TOO_SLOW.
+            EsperError: RESUME_TOKEN_EXPIRED (also for a token of another process, or none at all), WATCHER_TOO_SLOW.
         """
         watcher: _Watcher[_T] = _Watcher(self._queue)
         # From here on no change is missed; those of the backlog are in the history or in the snapshot.
@@ -101,20 +106,25 @@ class WatchHub(Generic[_T]):
         self._watchers.add(watcher)
         try:
             for item in existing:
-                yield self._item(ChangeType.CHANGE_TYPE_SNAPSHOT, item, start)
+                yield WatchItem(ChangeType.CHANGE_TYPE_SNAPSHOT, item, start, "")
             if backlog is None:
                 yield self._item(ChangeType.CHANGE_TYPE_BOOKMARK, None, start)
-            seen = start
             for change in backlog or ():
                 if match(change.item):
                     yield self._item(change.change, change.item, change.revision)
-            while (got := await watcher.next(draining, self._heartbeat)) is not _ENDED:
+            seen, clock = start, asyncio.get_running_loop().time
+            due = clock() + self._heartbeat
+            while (got := await watcher.next(draining, due - clock())) is not _ENDED:
                 if isinstance(got, _Change):
                     seen = got.revision
                     if match(got.item):
                         yield self._item(got.change, got.item, seen)
-                else:
+                        due = clock() + self._heartbeat
+                        continue
+                # Changes that do not match tell the watcher nothing: its token would grow old without a bookmark.
+                if got is None or clock() >= due:
                     yield self._item(ChangeType.CHANGE_TYPE_BOOKMARK, None, seen)
+                    due = clock() + self._heartbeat
         finally:
             self._watchers.discard(watcher)
 
@@ -123,7 +133,7 @@ class WatchHub(Generic[_T]):
 
     def _since(self, token: str) -> list[_Change[_T]]:
         try:
-            after = int(decode_token({"hub": self._hub_id}, token))
+            after = decode_offset({"hub": self._hub_id}, token)
         except EsperError as error:
             raise _expired() from error
         if self._history and after < self._history[0].revision - 1:
@@ -155,7 +165,7 @@ class _Watcher(Generic[_T]):
         self._news.set()
 
     async def next(self, draining: asyncio.Event, heartbeat: float) -> _Change[_T] | _End | None:
-        """The next change, ``None`` when a heartbeat is due, ``_ENDED`` on draining."""
+        """The next change, ``None`` when a heartbeat is due, ``_ENDED`` on draining once nothing waits any more."""
         if not self._waiting and not self._overrun:
             await _first_of(self._news, draining, heartbeat)
         if self._overrun:
@@ -163,12 +173,9 @@ class _Watcher(Generic[_T]):
                 f"the watcher fell {self._limit} changes behind: resume from the last token and read faster",
                 reason=Reason.WATCHER_TOO_SLOW,
             )
-        if draining.is_set():
-            return _ENDED
         if self._waiting:
             return self._waiting.popleft()
-        self._news.clear()
-        return None
+        return _ENDED if draining.is_set() else None
 
 
 async def _first_of(news: asyncio.Event, draining: asyncio.Event, timeout: float) -> None:

@@ -11,11 +11,14 @@ from esper.common.v1.common_pb2 import ChangeType
 from esper.kasmina.v1 import adaptation_pb2, execution_link_service_pb2, kasmina_service_pb2, seed_pb2, topology_pb2
 from services.chassis.errors import EsperError, Reason, not_found
 from services.chassis.idempotency import digest_of
-from services.chassis.link import LinkRegistry
+from services.chassis.link import Link, LinkRegistry
 from services.chassis.watch import WatchHub
 
 AttachResponse = execution_link_service_pb2.AttachResponse
 _QUEUED = adaptation_pb2.ADAPTATION_STATE_QUEUED
+_ALL_RUNS = ("", "runs/-")
+# Adaptations that are over and kept for those who ask; per run, the oldest go first.
+_KEPT_ADAPTATIONS = 1000
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Picture:
     """The state of one run as its training process last told it."""
 
     run: str
+    incarnation: int = 0
     topology: topology_pb2.Topology | None = None
     seeds: dict[str, seed_pb2.Seed] = field(default_factory=dict)
     health: kasmina_service_pb2.HealthReport | None = None
@@ -38,9 +42,22 @@ class KasminaGateway:
         self.hub: WatchHub[seed_pb2.Seed] = WatchHub()
         self._pictures: dict[str, Picture] = {}
 
-    def attach(self, run: str) -> None:
-        """A training process of ``run`` is here: its run is known from now on."""
-        self._pictures.setdefault(run, Picture(run))
+    def attach(self, run: str, incarnation: int) -> Link[AttachResponse]:
+        """A training process of ``run`` is here: its run is known from now on.
+
+        What an older process told is forgotten (the newer one may have resumed from a checkpoint before it), and the
+        newer one tells all of its own. Adaptations stay.
+
+        Raises:
+            EsperError: RUN_ALREADY_ATTACHED.
+        """
+        link = self.links.attach(run, incarnation)
+        known = self._pictures.setdefault(run, Picture(run, incarnation))
+        if known.incarnation != incarnation:
+            self._pictures[run] = Picture(run, incarnation, adaptations=known.adaptations)
+            for seed in known.seeds.values():
+                self.hub.publish(seed, ChangeType.CHANGE_TYPE_DELETED)
+        return link
 
     def take(self, run: str, message: execution_link_service_pb2.AttachRequest) -> None:
         """Take over what a training process pushed."""
@@ -78,6 +95,13 @@ class KasminaGateway:
             adaptation.applied_step = result.applied_step
         if result.error_reason:
             adaptation.error.reason, adaptation.error.message = result.error_reason, result.error_message
+        self._forget_old(picture)
+
+    @staticmethod
+    def _forget_old(picture: Picture) -> None:
+        over = [name for name, adaptation in picture.adaptations.items() if adaptation.state != _QUEUED]
+        for name in over[: max(len(over) - _KEPT_ADAPTATIONS, 0)]:
+            del picture.adaptations[name]
 
     def picture(self, run: str) -> Picture:
         """The picture of a run.
@@ -109,7 +133,7 @@ class KasminaGateway:
 
     def seeds(self, run: str, keep: Callable[[seed_pb2.Seed], bool] = lambda seed: True) -> list[seed_pb2.Seed]:
         """Seeds of a run, or of all (``runs/-`` or empty), in birth order."""
-        pictures: Iterable[Picture] = self._pictures.values() if run in ("", "runs/-") else [self.picture(run)]
+        pictures: Iterable[Picture] = self._pictures.values() if run in _ALL_RUNS else [self.picture(run)]
         return [seed for picture in pictures for seed in picture.seeds.values() if keep(seed)]
 
     def seed(self, run: str, name: str) -> seed_pb2.Seed:
@@ -161,7 +185,8 @@ class KasminaGateway:
     def cancel(self, run: str, command_id: str) -> adaptation_pb2.Adaptation:
         """Withdraw an adaptation; cancelling twice is cancelling once.
 
-        The training process has the last word: when it applied the command first, its result says so.
+        The training process has the last word: when it applied the command first, its result says so. The withdrawal
+        is sent again after a reconnect until then, as the command may have been received before.
 
         Raises:
             EsperError: RUN_NOT_FOUND, ADAPTATION_NOT_FOUND, ADAPTATION_ALREADY_APPLIED.
@@ -173,18 +198,18 @@ class KasminaGateway:
                 reason=Reason.ADAPTATION_ALREADY_APPLIED,
             )
         if found.state == _QUEUED:
-            self.links.answered(run, command_id)
-            self.links.send(run, f"cancel/{command_id}", AttachResponse(cancel=command_id))
-            self.links.answered(run, f"cancel/{command_id}")
+            self.links.replace(run, command_id, AttachResponse(cancel=command_id))
             found.state = adaptation_pb2.ADAPTATION_STATE_CANCELLED
         return found
 
     def prefetch(self, run: str, kernel: str) -> bool:
-        """Ask the training process for a kernel ahead of need; False when it is not attached."""
-        self.picture(run)
-        if not self.links.attached(run):
-            return False
-        self.links.send(run, f"prefetch/{kernel}", AttachResponse(prefetch=kernel))
-        # A hint: it is not repeated after a reconnect.
-        self.links.answered(run, f"prefetch/{kernel}")
-        return True
+        """Ask the training process for a kernel ahead of need; False when it is not attached.
+
+        Raises:
+            EsperError: RUN_NOT_FOUND, COMMAND_QUEUE_FULL.
+        """
+        return self.links.hint(self.picture(run).run, AttachResponse(prefetch=kernel))
+
+    def watches(self, run: str) -> Callable[[seed_pb2.Seed], bool]:
+        """Whether a seed is of ``run``, or of any (``runs/-`` or empty)."""
+        return lambda seed: run in _ALL_RUNS or seed.name.startswith(f"{run}/")

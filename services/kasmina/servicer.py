@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from grpc.aio import ServicerContext
@@ -11,11 +12,11 @@ from esper.kasmina.v1 import kasmina_service_pb2 as pb
 from esper.kasmina.v1.execution_link_service_pb2 import AttachAccepted, AttachRequest, AttachResponse
 from esper.kasmina.v1.execution_link_service_pb2_grpc import ExecutionLinkServiceServicer
 from esper.kasmina.v1.kasmina_service_pb2_grpc import KasminaServiceServicer
-from esper.kasmina.v1.seed_pb2 import Seed
-from services.chassis.errors import required
+from services.chassis.errors import invalid, required
+from services.chassis.idempotency import RequestCache
 from services.chassis.ids import new_id, parse_name
-from services.chassis.link import serve_link
-from services.chassis.pagination import decode_token, encode_token, page_size_of
+from services.chassis.link import first_message, serve_link
+from services.chassis.pagination import decode_offset, encode_token, page_size_of
 from services.kasmina.gateway import KasminaGateway
 
 
@@ -25,6 +26,7 @@ class KasminaServicer(KasminaServiceServicer):
     def __init__(self, gateway: KasminaGateway, *, draining: asyncio.Event) -> None:
         self._gateway = gateway
         self._draining = draining
+        self._requests = RequestCache()
 
     async def GetTopology(
         self, request: pb.GetTopologyRequest, context: ServicerContext[pb.GetTopologyRequest, pb.GetTopologyResponse]
@@ -37,9 +39,9 @@ class KasminaServicer(KasminaServiceServicer):
     ) -> pb.ListSeedsResponse:
         """See the contract."""
         states = set(request.states)
-        scope = {"run": request.run, "states": sorted(states)}
+        scope = {"seeds of": request.run, "states": sorted(states)}
         size = page_size_of(request.page_size)
-        start = int(decode_token(scope, request.page_token)) if request.page_token else 0
+        start = decode_offset(scope, request.page_token)
         seeds = self._gateway.seeds(_run(request.run), lambda seed: not states or seed.state in states)
         token = encode_token(scope, str(start + size)) if len(seeds) > start + size else ""
         return pb.ListSeedsResponse(seeds=seeds[start : start + size], next_page_token=token)
@@ -56,20 +58,17 @@ class KasminaServicer(KasminaServiceServicer):
     ) -> AsyncIterator[pb.WatchSeedsResponse]:
         """See the contract."""
         run = request.run and _run(request.run)
-
-        def match(seed: Seed) -> bool:
-            return not run or seed.name.startswith(f"{run}/")
-
         stream = self._gateway.hub.watch(
             snapshot=lambda: self._gateway.seeds(run),
             draining=self._draining,
-            match=match,
+            match=self._gateway.watches(run),
             resume_token=request.resume_token or None,
         )
-        async for item in stream:
-            yield pb.WatchSeedsResponse(
-                change=item.change, seed=item.item, revision=item.revision, resume_token=item.token
-            )
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                yield pb.WatchSeedsResponse(
+                    change=item.change, seed=item.item, revision=item.revision, resume_token=item.token
+                )
 
     async def ApplyAdaptation(
         self,
@@ -78,17 +77,16 @@ class KasminaServicer(KasminaServiceServicer):
     ) -> pb.ApplyAdaptationResponse:
         """See the contract."""
         command = request.command
-        if not command.command_id:
-            raise required("command.command_id")
+        parse_name("{command_id}", command.command_id, field="command.command_id")
         _run(command.run, field="command.run")
         match command.WhichOneof("action"):
             case "germinate":
-                parse_name("runs/{r}/slots/{slot}", command.germinate.slot, field="command.germinate.slot")
+                _of_run(command.run, "runs/{r}/slots/{slot}", command.germinate.slot, field="command.germinate.slot")
                 parse_name("blueprints/{b}", command.germinate.blueprint, field="command.germinate.blueprint")
-                if command.germinate.size < 1:
-                    raise required("command.germinate.size")
+                if (size := command.germinate.size) < 1:
+                    raise invalid("command.germinate.size", f"{size} is no size", "give 1 or more")
             case "cull":
-                parse_name("runs/{r}/seeds/{s}", command.cull.seed, field="command.cull.seed")
+                _of_run(command.run, "runs/{r}/seeds/{s}", command.cull.seed, field="command.cull.seed")
             case _:
                 raise required("command.action")
         return pb.ApplyAdaptationResponse(adaptation=self._gateway.apply(command))
@@ -119,9 +117,11 @@ class KasminaServicer(KasminaServiceServicer):
         """See the contract."""
         run = _run(request.run)
         parse_name("blueprints/{b}/kernels/{k}", request.kernel, field="kernel")
-        if not request.request_id:
-            raise required("request_id")
-        return pb.PrefetchKernelResponse(accepted=self._gateway.prefetch(run, request.kernel))
+
+        async def prefetch() -> bool:
+            return self._gateway.prefetch(run, request.kernel)
+
+        return pb.PrefetchKernelResponse(accepted=await self._requests.once("PrefetchKernel", request, prefetch))
 
     async def GetCacheStats(
         self,
@@ -153,21 +153,33 @@ class ExecutionLinkServicer(ExecutionLinkServiceServicer):
     ) -> AsyncIterator[AttachResponse]:
         """See the contract."""
         requests = aiter(request_iterator)
-        first = await anext(requests, AttachRequest())
-        if first.WhichOneof("message") != "hello":
+        first = await first_message(requests, self._draining)
+        if first is None or first.WhichOneof("message") != "hello":
             raise required("hello")
         run = _run(first.hello.run, field="hello.run")
-        link = self._gateway.links.attach(run, first.hello.incarnation)
-        self._gateway.attach(run)
-        yield AttachResponse(accepted=AttachAccepted(gateway_id=self._gateway_id))
+        if first.hello.incarnation < 1:
+            raise required("hello.incarnation")
+        link = self._gateway.attach(run, first.hello.incarnation)
 
-        async def take(message: AttachRequest) -> None:
+        def take(message: AttachRequest) -> None:
             self._gateway.take(run, message)
 
-        async for command in serve_link(requests, link, self._gateway.links, take, self._draining):
-            yield command
+        commands = serve_link(requests, link, self._gateway.links, take, self._draining)
+        try:
+            yield AttachResponse(accepted=AttachAccepted(gateway_id=self._gateway_id))
+            async with contextlib.aclosing(commands):
+                async for command in commands:
+                    yield command
+        finally:
+            self._gateway.links.detach(link)
 
 
 def _run(name: str, *, field: str = "run") -> str:
     parse_name("runs/{r}", name, field=field)
     return name
+
+
+def _of_run(run: str, pattern: str, name: str, *, field: str) -> None:
+    parse_name(pattern, name, field=field)
+    if not name.startswith(f"{run}/"):
+        raise invalid(field, f"{name!r} is of another run than {run!r}", "name one of the command's run")

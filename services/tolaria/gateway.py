@@ -6,7 +6,7 @@ import asyncio
 
 from esper.common.v1.common_pb2 import ChangeType
 from esper.tolaria.v1 import run_pb2, training_link_service_pb2
-from services.chassis.errors import EsperError, Reason, not_found, reason_named
+from services.chassis.errors import EsperError, Reason, invalid, not_found, reason_named
 from services.chassis.idempotency import digest_of
 from services.chassis.link import LinkRegistry
 from services.chassis.watch import WatchHub
@@ -19,6 +19,8 @@ _ENDED = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_p
 # Left of a call's deadline when the gateway stops waiting for the training process, seconds: enough to say so.
 _MARGIN_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 60.0
+# Commands that were answered and are kept for those who ask again; the oldest go first.
+_KEPT_COMMANDS = 1000
 
 
 class TolariaGateway:
@@ -30,10 +32,9 @@ class TolariaGateway:
         self._runs: dict[str, run_pb2.Run] = {}
         self._commands: dict[tuple[str, str], tuple[str, asyncio.Future[RunCommandResult]]] = {}
 
-    def runs(self, name: str = "") -> list[run_pb2.Run]:
-        """All runs, or the one named if it is known, newest first."""
-        chosen = [run for run in self._runs.values() if name in ("", run.name)]
-        return sorted(chosen, key=lambda run: (run.start_time.ToNanoseconds(), run.name), reverse=True)
+    def runs(self) -> list[run_pb2.Run]:
+        """All runs, newest first."""
+        return sorted(self._runs.values(), key=lambda run: (run.start_time.ToNanoseconds(), run.name), reverse=True)
 
     def run(self, name: str) -> run_pb2.Run:
         """One run.
@@ -46,20 +47,42 @@ class TolariaGateway:
         return self._runs[name]
 
     def take(self, name: str, message: training_link_service_pb2.AttachRequest) -> None:
-        """Take over what a training process pushed."""
+        """Take over what the training process of run ``name`` pushed.
+
+        Raises:
+            EsperError: INVALID_FIELD for the picture of another run.
+        """
         match message.WhichOneof("message"):
             case "hello":
-                self._put(message.hello.run, attached=True)
+                self._take_run(name, message.hello.run, "hello.run.name")
             case "run":
-                self._put(message.run, attached=True)
+                self._take_run(name, message.run, "run.name")
             case "result":
                 self._answer(name, message.result)
             case _:
                 pass  # a kind of message that a newer training process knows
 
     def detached(self, name: str) -> None:
-        """The stream of a run is over; the run stays known."""
-        self._put(self._runs[name], attached=self.links.attached(name))
+        """The stream of a run is over; the run stays known. Nobody will answer what still waits if the run is over."""
+        run, attached = self._runs[name], self.links.attached(name)
+        self._put(run, attached=attached)
+        if attached or run.state not in _ENDED:
+            return
+        for (owner, command_id), (_, answer) in self._commands.items():
+            if owner == name and not answer.done():
+                self.links.answered(name, command_id)
+                answer.set_result(
+                    RunCommandResult(
+                        command_id=command_id,
+                        error_reason=Reason.RUN_ALREADY_ENDED,
+                        error_message="the run ended before the command was applied",
+                    )
+                )
+
+    def _take_run(self, name: str, run: run_pb2.Run, field: str) -> None:
+        if run.name != name:
+            raise invalid(field, f"{run.name!r} is not the run of this link, {name!r}", "tell of one run per link")
+        self._put(run, attached=True)
 
     def _put(self, run: run_pb2.Run, *, attached: bool) -> None:
         told = run_pb2.Run()
@@ -72,8 +95,9 @@ class TolariaGateway:
         self.hub.publish(told, ChangeType.CHANGE_TYPE_ADDED if known is None else ChangeType.CHANGE_TYPE_MODIFIED)
 
     def _answer(self, name: str, result: RunCommandResult) -> None:
+        if result.HasField("run"):
+            self._take_run(name, result.run, "result.run.name")
         self.links.answered(name, result.command_id)
-        self._put(result.run, attached=True)
         command = self._commands.get((name, result.command_id))
         if command is not None and not command[1].done():
             command[1].set_result(result)
@@ -96,6 +120,7 @@ class TolariaGateway:
             self._accepts(run)
             self.links.send(name, command.command_id, AttachResponse(command=command))
             self._commands[key] = (digest, asyncio.get_running_loop().create_future())
+            self._forget_old()
         known, answer = self._commands[key]
         if known != digest:
             raise EsperError(
@@ -114,6 +139,11 @@ class TolariaGateway:
         if result.error_reason:
             raise EsperError(f"{name}: {result.error_message}", reason=reason_named(result.error_reason))
         return result
+
+    def _forget_old(self) -> None:
+        answered = [key for key, (_, answer) in self._commands.items() if answer.done()]
+        for key in answered[: max(len(answered) - _KEPT_COMMANDS, 0)]:
+            del self._commands[key]
 
     def _accepts(self, run: run_pb2.Run) -> None:
         if run.state in _ENDED:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
 from grpc.aio import ServicerContext
 
 from esper.tolaria.v1 import training_service_pb2 as pb
-from esper.tolaria.v1.run_pb2 import Run
 from esper.tolaria.v1.training_link_service_pb2 import (
     RUN_COMMAND_KIND_CHECKPOINT,
     RUN_COMMAND_KIND_PAUSE,
@@ -28,9 +28,11 @@ from esper.tolaria.v1.training_link_service_pb2_grpc import TrainingLinkServiceS
 from esper.tolaria.v1.training_service_pb2_grpc import TrainingServiceServicer
 from services.chassis.errors import required
 from services.chassis.ids import new_id, parse_name
-from services.chassis.link import serve_link
-from services.chassis.pagination import decode_token, encode_token, page_size_of
+from services.chassis.link import first_message, serve_link
+from services.chassis.pagination import decode_offset, encode_token, page_size_of
 from services.tolaria.gateway import TolariaGateway
+
+_ALL_RUNS: Final = {"runs": "all"}
 
 
 class TrainingServicer(TrainingServiceServicer):
@@ -51,9 +53,9 @@ class TrainingServicer(TrainingServiceServicer):
     ) -> pb.ListRunsResponse:
         """See the contract."""
         size = page_size_of(request.page_size)
-        start = int(decode_token({}, request.page_token)) if request.page_token else 0
+        start = decode_offset(_ALL_RUNS, request.page_token)
         runs = self._gateway.runs()
-        token = encode_token({}, str(start + size)) if len(runs) > start + size else ""
+        token = encode_token(_ALL_RUNS, str(start + size)) if len(runs) > start + size else ""
         return pb.ListRunsResponse(runs=runs[start : start + size], next_page_token=token)
 
     async def WatchRun(
@@ -61,20 +63,17 @@ class TrainingServicer(TrainingServiceServicer):
     ) -> AsyncIterator[pb.WatchRunResponse]:
         """See the contract."""
         name = request.name and _run(request.name)
-
-        def match(run: Run) -> bool:
-            return name in ("", run.name)
-
         stream = self._gateway.hub.watch(
-            snapshot=lambda: self._gateway.runs(name),
+            snapshot=lambda: [self._gateway.run(name)] if name else self._gateway.runs(),
             draining=self._draining,
-            match=match,
+            match=lambda run: name in ("", run.name),
             resume_token=request.resume_token or None,
         )
-        async for item in stream:
-            yield pb.WatchRunResponse(
-                change=item.change, run=item.item, revision=item.revision, resume_token=item.token
-            )
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                yield pb.WatchRunResponse(
+                    change=item.change, run=item.item, revision=item.revision, resume_token=item.token
+                )
 
     async def PauseRun(
         self, request: pb.PauseRunRequest, context: ServicerContext[pb.PauseRunRequest, pb.PauseRunResponse]
@@ -155,21 +154,26 @@ class TrainingLinkServicer(TrainingLinkServiceServicer):
     ) -> AsyncIterator[AttachResponse]:
         """See the contract."""
         requests = aiter(request_iterator)
-        first = await anext(requests, AttachRequest())
-        if first.WhichOneof("message") != "hello":
+        first = await first_message(requests, self._draining)
+        if first is None or first.WhichOneof("message") != "hello":
             raise required("hello")
         run = _run(first.hello.run.name, field="hello.run.name")
+        if first.hello.incarnation < 1:
+            raise required("hello.incarnation")
         link = self._gateway.links.attach(run, first.hello.incarnation)
-        self._gateway.take(run, first)
-        yield AttachResponse(accepted=AttachAccepted(gateway_id=self._gateway_id))
 
-        async def take(message: AttachRequest) -> None:
+        def take(message: AttachRequest) -> None:
             self._gateway.take(run, message)
 
+        take(first)
+        commands = serve_link(requests, link, self._gateway.links, take, self._draining)
         try:
-            async for command in serve_link(requests, link, self._gateway.links, take, self._draining):
-                yield command
+            yield AttachResponse(accepted=AttachAccepted(gateway_id=self._gateway_id))
+            async with contextlib.aclosing(commands):
+                async for command in commands:
+                    yield command
         finally:
+            self._gateway.links.detach(link)
             self._gateway.detached(run)
 
 

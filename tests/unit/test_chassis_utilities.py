@@ -332,7 +332,7 @@ async def test_a_link_ends_with_its_reader_and_with_what_its_handler_says() -> N
     async def requests() -> AsyncIterator[str]:
         yield "bad"
 
-    async def handle(message: str) -> None:
+    def handle(message: str) -> None:
         if message == "bad":
             raise EsperError("refused", reason=Reason.INVALID_FIELD)
 
