@@ -4,6 +4,7 @@
 
 Exit codes: 0 done; 1 training failed (the reason is printed); 2 bad configuration or usage; 3 a service could not
 start; 130 and 143 interrupted by Ctrl-C or SIGTERM, with a checkpoint saved (--resume goes on).
+--services-only is ended by either with 0.
 """
 
 from __future__ import annotations

@@ -176,11 +176,11 @@ class Launcher:
         services = ", ".join(
             f"{name} {seconds:.1f}" for name, seconds in sorted(ready.items(), key=lambda item: item[1])
         )
-        parts = [f"services {max(ready.values(), default=0.0):.1f} ({services})"]
-        if self._story.startup:
-            beside = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._story.startup.items())
-            parts.append(f"at the same time the training process: {beside}")
-        return f"first step {first_step:.1f} s after the command: {'; '.join(parts)}"
+        beside = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._story.startup.items())
+        return (
+            f"first step {first_step:.1f} s after the command: services {max(ready.values(), default=0.0):.1f} "
+            f"({services}); at the same time the training process: {beside}"
+        )
 
     # ---- telling ---------------------------------------------------------------------------------------------------
 
@@ -345,17 +345,19 @@ def check_services(config: EsperConfig, options: Options) -> int:
             rows = asyncio.run(_check(config, run_dir))
         except EsperError as error:
             sys.stderr.write(f"train.py: {error.message}\n")
-            if options.json:
-                _print_json({"status": "failed", "reason": error.message, "services": {}})
-            return EXIT_NO_SERVICE
+            return _checked("failed", error.message, {}, options)
     for service, row in rows.items():
         origin = "running elsewhere" if row["external"] else "started here"
         options.stream.write(
             f"{service:<9} SERVING  {row['address']:<22} after {row['ready_seconds']:.1f} s, {origin}\n"
         )
+    return _checked("succeeded", "", rows, options)
+
+
+def _checked(status: str, reason: str, rows: Mapping[str, Any], options: Options) -> int:
     if options.json:
-        _print_json({"status": "succeeded", "reason": "", "services": rows})
-    return EXIT_DONE
+        _print_json({"status": status, "reason": reason, "services": rows})
+    return EXIT_DONE if status == "succeeded" else EXIT_NO_SERVICE
 
 
 async def _check(config: EsperConfig, run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,6 @@ from services.tolaria.progress import (
     SeedProgress,
     StatusProgress,
     StepProgress,
-    SummaryProgress,
 )
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -95,7 +94,7 @@ def describe(message: Progress) -> str | None:
             return f"Tamiyo ({message.latency_ms:.0f} ms) after epoch {message.epoch}: {message.explanation}"
         case StatusProgress():
             return message.message
-        case StepProgress() | SummaryProgress():
+        case _:
             return None
 
 
@@ -218,7 +217,7 @@ class LiveView:
                 self._status = message.message
                 if self._epoch is not None and message.state != "comparing":
                     self._news.append(message.message)
-            case SummaryProgress():
+            case _:
                 self._status = "done"
 
     def mesh(self, event: Event) -> None:

@@ -370,10 +370,13 @@ def test_interrupts_save_and_resume_goes_on_with_one_train_py_at_a_time(tmp_path
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-def test_a_killed_training_process_is_resumed_so_often_and_no_more(tmp_path: Path) -> None:
+def test_what_is_killed_comes_back_and_a_training_process_so_often_and_no_more(tmp_path: Path) -> None:
     sets = (*SHORT, "training.epochs=3000", "growth.enabled=false", "training.max_restarts=1")
     with running("--json", "--output", str(tmp_path), sets=sets) as run:
         run.until("[grown] epoch")
+        services = psutil.Process(run.process.pid).children()
+        next(child for child in services if "services.urza" in child.cmdline()).kill()
+        run.until("urza restarting: restart 1")
         for _ in range(2):
             run.until("[grown] epoch")
             children = psutil.Process(run.process.pid).children()
@@ -383,6 +386,8 @@ def test_a_killed_training_process_is_resumed_so_often_and_no_more(tmp_path: Pat
     assert "resuming it from its last checkpoint" in done.err
     assert "ended by SIGKILL, and was resumed 1 times before" in done.err
     assert done.json["training_restarts"] == 1
+    assert done.json["services"]["urza"]["restarts"] == 1
+    assert "urza exited: killed by SIGKILL" in Path(done.json["report"]).read_text(encoding="utf-8")
 
 
 def test_an_interrupt_before_the_first_checkpoint_says_so(tmp_path: Path) -> None:

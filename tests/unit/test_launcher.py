@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.chassis.config.loader import load_config
 from services.chassis.errors import EsperError
-from services.tolaria.launcher import plan_of, refuse_changes, result_lines
+from services.tolaria.launcher import Launcher, Options, plan_of, refuse_changes, result_lines
+from services.tolaria.run_folder import RunFolder
 
 
 def summary(**changes: Any) -> dict[str, Any]:
@@ -61,3 +63,14 @@ def test_a_resumed_run_takes_the_same_words_again_and_no_others() -> None:
     other = load_config(None, overrides=["training.epochs=6", "data.data_dir=d"], environ={})
     with pytest.raises(EsperError, match=r"data.data_dir is null, not d; training.epochs is 5, not 6"):
         refuse_changes(other, run)
+
+
+def test_a_message_of_a_kind_it_does_not_know_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, overrides=[f"run.output_dir={tmp_path}"], environ={}).config
+    folder = RunFolder.create(config, stem="x")
+    launcher = Launcher(folder, config, Options(), resume=False)
+    launcher._hear({"kind": "of tomorrow", "what": 1})
+    assert capsys.readouterr().out == ""
+    folder.close()
