@@ -7,9 +7,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import grpc
 import pytest
 
-from esper.kasmina.v1 import adaptation_pb2, kasmina_service_pb2
+from esper.kasmina.v1 import adaptation_pb2, kasmina_service_pb2, topology_pb2
 from esper.kasmina.v1.kasmina_service_pb2_grpc import KasminaServiceStub
 from services.tolaria.checkpoint import CheckpointStore
 from tests.infrastructure.runs import SHORT, Run, running
@@ -54,7 +55,16 @@ def _command_unknown_blueprint(run: Run) -> adaptation_pb2.Adaptation:
     name = f"runs/{run.folder.name}"
     with run.channel("kasmina") as channel:
         stub = KasminaServiceStub(channel)
-        topology = stub.GetTopology(kasmina_service_pb2.GetTopologyRequest(run=name), timeout=5.0).topology
+
+        def attached() -> topology_pb2.Topology | None:
+            try:
+                return stub.GetTopology(kasmina_service_pb2.GetTopologyRequest(run=name), timeout=5.0).topology
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.NOT_FOUND:
+                    return None
+                raise
+
+        topology = run.until(attached, "the run's network at Kasmina's gateway")
         command = adaptation_pb2.AdaptationCommand(
             command_id="test-unknown-blueprint",
             run=name,
