@@ -41,6 +41,7 @@ from services.tolaria.ports import ADAPTATION_COMMANDS, Command, CommandKind, Co
 from services.tolaria.reporting import EpochRecord, RunReporter
 from services.tolaria.schedule import Schedule
 from services.tolaria.seeds import derive
+from services.tolaria.step_times import StepTimes
 
 _SHOW_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.5
@@ -172,6 +173,7 @@ class TolariaTrainer:
         self.reporter = reporter
         self.reporter.steps = self.total_steps
         self.telemetry = telemetry
+        self.step_times = StepTimes(folder, arm) if config.telemetry.step_times else None
         self.account = Account()
         self.environment = checkpoint.environment(config.training.threads, device.type)
 
@@ -231,12 +233,22 @@ class TolariaTrainer:
         links = [link_to(self._run_trace)]
         with self.telemetry.span("epoch", {"esper.arm": self.arm, "esper.epoch": epoch}, parent=ROOT, links=links):
             while self.governor.rollbacks == rollbacks:
-                self.train_step()
+                self._timed_step()
                 if self.step % self.batches.per_epoch == 0 and self.governor.rollbacks == rollbacks:
                     self._end_epoch(self.epoch)
                     return
                 if self.governor.rollbacks == rollbacks:
                     self._safe_point()
+
+    def _timed_step(self) -> None:
+        if self.step_times is None:
+            self.train_step()
+            return
+        self.step_times.begin()
+        self.train_step()
+        self.step_times.end(self.step)
+        if self.step % self.batches.per_epoch == 0:
+            self.step_times.flush()
 
     def train_step(self) -> None:
         """One optimizer step, or a rollback if its loss says so."""

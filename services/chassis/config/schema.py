@@ -371,6 +371,9 @@ class TelemetryConfig(Section):
         ge=16,
         description="Events waiting in the training process for Oona; more are dropped and counted.",
     )
+    step_times: bool = Field(
+        default=False, description="Write how long each training step took to step_times.jsonl in the run folder."
+    )
 
     @model_validator(mode="after")
     def _otlp_has_an_endpoint(self) -> Self:

@@ -1,0 +1,55 @@
+"""Each benchmark runs for real, tiny: its JSON has its form and its control ran. Timings are never asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import control_load, measure, startup
+from tests.infrastructure.runs import SERVICES
+
+
+def result_of(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """What the benchmark wrote; it printed a table too."""
+    out = tmp_path / "result.json"
+    assert module.main(["--out", str(out), *arguments]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 3
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert len(result["method"]) > 200
+    return result
+
+
+def test_a_change_is_found_between_pairs_and_none_where_there_is_none() -> None:
+    drifting = [(float(level), float(level + 1)) for level in range(100, 120)]
+    pairs = [((low, low, high), (1.1 * low, 1.1 * low, 1.1 * high)) for low, high in drifting]
+    slower = measure.change_percent(pairs, measure.median)
+    assert slower["percent"] == pytest.approx(10.0)
+    assert measure.below(9.0, slower["interval"]) is False
+    assert measure.below(11.0, slower["interval"]) is True
+    same = measure.change_percent([(pair[0], pair[0]) for pair in pairs], measure.p99)
+    assert same["percent"] == 0.0
+    assert measure.below(1.0, (-2.0, 2.0)) is None
+
+
+def test_control_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(control_load, tmp_path, capsys, "--pairs", "2", "--window", "0.5")
+    assert result["calls"]["errors"] == {}
+    assert result["calls"]["calls"] == 2 * 100
+    assert 0 < result["steps"]["control"] < result["steps"]["all"]
+    for part in ("step_time", "step_cpu_time", "noise"):
+        for figure in result[part].values():
+            assert figure["interval"][0] <= figure["percent"] <= figure["interval"][1]
+    assert result["step_time"]["median"]["pairs"] == 2
+    assert result["noise"]["median"]["pairs"] == 1
+    assert result["environment"]["before"]["processors"] >= 1
+
+
+def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(startup, tmp_path, capsys, "--starts", "1")
+    assert set(result["services_serving_after_seconds"]) == set(SERVICES)
+    assert set(result["training_process_seconds"]) == {"torch", "data", "waited"}
+    assert result["control_seconds"]["least"] > 0
+    assert result["first_step_seconds"]["least"] > max(result["services_serving_after_seconds"].values())
