@@ -13,7 +13,6 @@ from esper.kasmina.v1.execution_link_service_pb2 import AttachAccepted, AttachRe
 from esper.kasmina.v1.execution_link_service_pb2_grpc import ExecutionLinkServiceServicer
 from esper.kasmina.v1.kasmina_service_pb2_grpc import KasminaServiceServicer
 from services.chassis.errors import invalid, required
-from services.chassis.idempotency import RequestCache
 from services.chassis.ids import new_id, parse_name
 from services.chassis.link import first_message, serve_link
 from services.chassis.pagination import decode_offset, encode_token, page_size_of
@@ -26,7 +25,6 @@ class KasminaServicer(KasminaServiceServicer):
     def __init__(self, gateway: KasminaGateway, *, draining: asyncio.Event) -> None:
         self._gateway = gateway
         self._draining = draining
-        self._requests = RequestCache()
 
     async def GetTopology(
         self, request: pb.GetTopologyRequest, context: ServicerContext[pb.GetTopologyRequest, pb.GetTopologyResponse]
@@ -59,7 +57,7 @@ class KasminaServicer(KasminaServiceServicer):
         """See the contract."""
         run = request.run and _run(request.run)
         stream = self._gateway.hub.watch(
-            snapshot=lambda: self._gateway.seeds(run),
+            snapshot=lambda: self._gateway.seeds(""),  # what matches; a run may attach later
             draining=self._draining,
             match=self._gateway.watches(run),
             resume_token=request.resume_token or None,
@@ -83,7 +81,9 @@ class KasminaServicer(KasminaServiceServicer):
             case "germinate":
                 _of_run(command.run, "runs/{r}/slots/{slot}", command.germinate.slot, field="command.germinate.slot")
                 parse_name("blueprints/{b}", command.germinate.blueprint, field="command.germinate.blueprint")
-                if (size := command.germinate.size) < 1:
+                if (size := command.germinate.size) == 0:
+                    raise required("command.germinate.size")
+                if size < 0:
                     raise invalid("command.germinate.size", f"{size} is no size", "give 1 or more")
             case "cull":
                 _of_run(command.run, "runs/{r}/seeds/{s}", command.cull.seed, field="command.cull.seed")
@@ -117,11 +117,10 @@ class KasminaServicer(KasminaServiceServicer):
         """See the contract."""
         run = _run(request.run)
         parse_name("blueprints/{b}/kernels/{k}", request.kernel, field="kernel")
-
-        async def prefetch() -> bool:
-            return self._gateway.prefetch(run, request.kernel)
-
-        return pb.PrefetchKernelResponse(accepted=await self._requests.once("PrefetchKernel", request, prefetch))
+        if not request.request_id:
+            raise required("request_id")
+        # Not remembered: a kernel that was fetched is in the cache, so asking twice is asking once.
+        return pb.PrefetchKernelResponse(accepted=self._gateway.prefetch(run, request.kernel))
 
     async def GetCacheStats(
         self,

@@ -115,7 +115,8 @@ class KasminaServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchSeeds(self, request, context):
-        """Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+        """Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+        Errors: RESUME_TOKEN_EXPIRED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

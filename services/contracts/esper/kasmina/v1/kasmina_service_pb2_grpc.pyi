@@ -45,7 +45,9 @@ class KasminaServiceStub:
     GetSeed: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.GetSeedRequest, _kasmina_service_pb2.GetSeedResponse]
     """One seed. Errors: RUN_NOT_FOUND, SEED_NOT_FOUND."""
     WatchSeeds: _grpc.UnaryStreamMultiCallable[_kasmina_service_pb2.WatchSeedsRequest, _kasmina_service_pb2.WatchSeedsResponse]
-    """Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED."""
+    """Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+    Errors: RESUME_TOKEN_EXPIRED.
+    """
     ApplyAdaptation: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.ApplyAdaptationRequest, _kasmina_service_pb2.ApplyAdaptationResponse]
     """Queues a change for the next safe point of the run and returns a receipt; the same command_id gives
     the same receipt. Errors: RUN_NOT_FOUND, REQUIRED_FIELD, COMMAND_QUEUE_FULL, REQUEST_ID_REUSED.
@@ -77,7 +79,9 @@ class KasminaServiceAsyncStub(KasminaServiceStub):
     GetSeed: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.GetSeedRequest, _kasmina_service_pb2.GetSeedResponse]  # type: ignore[assignment]
     """One seed. Errors: RUN_NOT_FOUND, SEED_NOT_FOUND."""
     WatchSeeds: _aio.UnaryStreamMultiCallable[_kasmina_service_pb2.WatchSeedsRequest, _kasmina_service_pb2.WatchSeedsResponse]  # type: ignore[assignment]
-    """Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED."""
+    """Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+    Errors: RESUME_TOKEN_EXPIRED.
+    """
     ApplyAdaptation: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.ApplyAdaptationRequest, _kasmina_service_pb2.ApplyAdaptationResponse]  # type: ignore[assignment]
     """Queues a change for the next safe point of the run and returns a receipt; the same command_id gives
     the same receipt. Errors: RUN_NOT_FOUND, REQUIRED_FIELD, COMMAND_QUEUE_FULL, REQUEST_ID_REUSED.
@@ -130,7 +134,9 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kasmina_service_pb2.WatchSeedsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kasmina_service_pb2.WatchSeedsResponse], _abc.AsyncIterator[_kasmina_service_pb2.WatchSeedsResponse]]:
-        """Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED."""
+        """Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+        Errors: RESUME_TOKEN_EXPIRED.
+        """
 
     @_abc_1.abstractmethod
     def ApplyAdaptation(

@@ -1,0 +1,129 @@
+"""What Tamiyo's records promise, on SQLite and on a real PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.chassis.errors import EsperError, Reason
+from services.tamiyo.decisions import Decision, DecisionMaker
+from services.tamiyo.registry import PolicyRegistry
+from services.tamiyo.store import Store, sqlite_url
+from tests.support.observations import observation, slot
+
+_SEEN = observation([slot("a", 4, 3.9), slot("b", 4)])
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path / "state")
+    found: str = request.getfixturevalue("postgres_url")
+    return found
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    opened = Store(url, decision_limit=3)
+    yield opened
+    opened.close()
+
+
+def decide(maker: DecisionMaker, request_id: str, policy: str = "policies/utilization") -> tuple[Decision, bool]:
+    return maker.decide(_SEEN, policy, request_id=request_id, digest="d", request_digest=f"{request_id}{policy}")
+
+
+def reason_of(caught: pytest.ExceptionInfo[EsperError]) -> Reason:
+    return caught.value.reason
+
+
+def test_decisions_are_kept_word_for_word_and_the_oldest_go(store: Store, url: str) -> None:
+    maker = DecisionMaker(store, PolicyRegistry(store))
+    made = [decide(maker, f"r{number}")[0] for number in range(4)]
+    reopened = Store(url, decision_limit=3)
+    again = DecisionMaker(reopened, PolicyRegistry(reopened))
+    assert decide(again, "r3") == (made[3], False)
+    assert again.get(made[3].name) == made[3]
+    assert [decision for _, decision in again.page("", None, 10)] == made[:0:-1]
+    first = again.page("runs/r", None, 1)
+    assert [decision for _, decision in again.page("runs/r", first[0][0], 10)] == [made[2], made[1]]
+    assert again.page("runs/other", None, 10) == []
+    with pytest.raises(EsperError) as caught:
+        again.get(made[0].name)
+    assert reason_of(caught) is Reason.DECISION_NOT_FOUND
+    with pytest.raises(EsperError) as caught:
+        decide(again, "r3", "policies/uniform")
+    assert reason_of(caught) is Reason.REQUEST_ID_REUSED
+    reopened.close()
+
+
+def test_pause_survives_and_says_its_reason(store: Store) -> None:
+    maker = DecisionMaker(store, PolicyRegistry(store))
+    maker.pause("maintenance")
+    paused = DecisionMaker(store, PolicyRegistry(store))
+    assert "paused (maintenance)" in decide(paused, "a")[0].plan.explanation
+    paused.resume()
+    assert decide(maker, "b")[0].plan.changes
+    maker.pause("")
+    assert "no reason given" in decide(maker, "c")[0].plan.explanation
+
+
+def test_versions_are_immutable_and_one_is_active(store: Store, url: str) -> None:
+    registry = PolicyRegistry(store)
+    second = registry.create("utilization", {"least_need": 0.99})
+    assert (second.name, second.active, second.parent) == ("policies/utilization@2", False, "policies/utilization@1")
+    assert second.parameters["measure"] == "effective_rank"
+    assert second.digest != registry.get("policies/utilization@1").digest
+    etag = second.etag
+    active = registry.activate("policies/utilization@2", etag=etag)
+    assert active.active
+    assert active.etag != etag
+    with pytest.raises(EsperError) as caught:
+        registry.activate("policies/utilization@2", etag=etag)
+    assert reason_of(caught) is Reason.ETAG_MISMATCH
+    reopened = Store(url, decision_limit=3)
+    restored = PolicyRegistry(reopened)
+    assert restored.get("policies/utilization").name == "policies/utilization@2"
+    assert restored.versions() == registry.versions()
+    restored.activate("policies/utilization@1")
+    assert restored.get("policies/utilization").version == 1
+    assert [version.version for version in restored.versions("utilization")] == [1, 2]
+    reopened.close()
+
+
+def test_outcomes_are_kept_once_and_teach_a_new_version(store: Store) -> None:
+    registry = PolicyRegistry(store)
+    with pytest.raises(EsperError) as caught:
+        registry.learn("utilization", min_outcomes=1)
+    assert reason_of(caught) is Reason.NO_OUTCOMES
+    for request_id in ("a", "a", "b"):
+        outcome = {"seed": request_id, "family": "widen", "state": "FOSSILIZED", "contribution": 1.5}
+        store.add_outcome(request_id, outcome)
+    assert store.outcome_count() == 2
+    learned = registry.learn("utilization", min_outcomes=2)
+    assert learned.estimates["widen"].contribution == 1.5
+    assert registry.get("policies/utilization@1").estimates == {}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "parameters", "reason"),
+    [
+        ("magic", {}, Reason.UNKNOWN_ALGORITHM),
+        ("utilization", {"nonsense": 1}, Reason.INVALID_FIELD),
+        ("narrowest", {"nonsense": 1}, Reason.INVALID_FIELD),
+        ("utilization", {"least_need": -1}, Reason.INVALID_FIELD),
+    ],
+)
+def test_versions_that_make_no_sense_are_refused(
+    store: Store, algorithm: str, parameters: dict[str, object], reason: Reason
+) -> None:
+    registry = PolicyRegistry(store)
+    with pytest.raises(EsperError) as caught:
+        registry.create(algorithm, parameters)
+    assert reason_of(caught) is reason
+    for name in ("policies/nobody", "utilization", "policies/utilization@99"):
+        with pytest.raises(EsperError) as caught:
+            registry.get(name)
+        assert reason_of(caught) is Reason.POLICY_NOT_FOUND
