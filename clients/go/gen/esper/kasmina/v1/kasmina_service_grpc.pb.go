@@ -48,7 +48,8 @@ type KasminaServiceClient interface {
 	ListSeeds(ctx context.Context, in *ListSeedsRequest, opts ...grpc.CallOption) (*ListSeedsResponse, error)
 	// One seed. Errors: RUN_NOT_FOUND, SEED_NOT_FOUND.
 	GetSeed(ctx context.Context, in *GetSeedRequest, opts ...grpc.CallOption) (*GetSeedResponse, error)
-	// Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+	// Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+	// Errors: RESUME_TOKEN_EXPIRED.
 	WatchSeeds(ctx context.Context, in *WatchSeedsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSeedsResponse], error)
 	// Queues a change for the next safe point of the run and returns a receipt; the same command_id gives
 	// the same receipt. Errors: RUN_NOT_FOUND, REQUIRED_FIELD, COMMAND_QUEUE_FULL, REQUEST_ID_REUSED.
@@ -196,7 +197,8 @@ type KasminaServiceServer interface {
 	ListSeeds(context.Context, *ListSeedsRequest) (*ListSeedsResponse, error)
 	// One seed. Errors: RUN_NOT_FOUND, SEED_NOT_FOUND.
 	GetSeed(context.Context, *GetSeedRequest) (*GetSeedResponse, error)
-	// Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+	// Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+	// Errors: RESUME_TOKEN_EXPIRED.
 	WatchSeeds(*WatchSeedsRequest, grpc.ServerStreamingServer[WatchSeedsResponse]) error
 	// Queues a change for the next safe point of the run and returns a receipt; the same command_id gives
 	// the same receipt. Errors: RUN_NOT_FOUND, REQUIRED_FIELD, COMMAND_QUEUE_FULL, REQUEST_ID_REUSED.

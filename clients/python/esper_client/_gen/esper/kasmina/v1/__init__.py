@@ -1426,7 +1426,8 @@ class KasminaServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[WatchSeedsResponse]":
         """
-        Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+        Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+        Errors: RESUME_TOKEN_EXPIRED.
         """
 
         async for response in self._unary_stream(

@@ -659,7 +659,8 @@ export const KasminaService: GenService<{
     output: typeof GetSeedResponseSchema;
   },
   /**
-   * Seeds as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+   * Seeds as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+   * Errors: RESUME_TOKEN_EXPIRED.
    *
    * @generated from rpc esper.kasmina.v1.KasminaService.WatchSeeds
    */
