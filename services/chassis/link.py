@@ -76,6 +76,7 @@ class LinkRegistry(Generic[_C]):
         self._limit = limit
         self._links: dict[str, Link[_C]] = {}
         self._unanswered: dict[str, dict[str, _C]] = {}
+        self._withdrawn: dict[str, dict[str, _C]] = {}
         self._incarnations: dict[str, int] = {}
 
     def attached(self, run: str) -> bool:
@@ -100,7 +101,7 @@ class LinkRegistry(Generic[_C]):
         link: Link[_C] = Link(run, incarnation)
         self._links[run] = link
         self._incarnations[run] = incarnation
-        for command in self._unanswered.get(run, {}).values():
+        for command in (*self._unanswered.get(run, {}).values(), *self._withdrawn.get(run, {}).values()):
             link.put(command)
         return link
 
@@ -138,17 +139,24 @@ class LinkRegistry(Generic[_C]):
         link.put(command)
         return True
 
-    def replace(self, run: str, command_id: str, command: _C) -> None:
-        """Pass on ``command`` in place of the one that waits under ``command_id``, which is not sent again."""
-        waiting = self._unanswered.setdefault(run, {})
-        waiting.pop(command_id, None)
-        waiting[command_id] = command
+    def withdraw(self, run: str, command_id: str, withdrawal: _C) -> None:
+        """Pass on ``withdrawal`` in place of the command that waits under ``command_id``, which is not sent again.
+
+        It takes no room from commands and is repeated after a reconnect while that command is unanswered; of those that
+        nobody answers (the process never got the command) as many are kept as commands may wait.
+        """
+        self._unanswered.get(run, {}).pop(command_id, None)
+        withdrawn = self._withdrawn.setdefault(run, {})
+        withdrawn[command_id] = withdrawal
+        if len(withdrawn) > self._limit:
+            del withdrawn[next(iter(withdrawn))]
         if (link := self._links.get(run)) is not None:
-            link.put(command)
+            link.put(withdrawal)
 
     def answered(self, run: str, command_id: str) -> None:
         """The training process answered a command: it need not be sent again."""
-        self._unanswered.get(run, {}).pop(command_id, None)
+        for ledger in (self._unanswered, self._withdrawn):
+            ledger.get(run, {}).pop(command_id, None)
 
     def _full(self, run: str) -> EsperError:
         return EsperError(

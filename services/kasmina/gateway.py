@@ -198,7 +198,7 @@ class KasminaGateway:
                 reason=Reason.ADAPTATION_ALREADY_APPLIED,
             )
         if found.state == _QUEUED:
-            self.links.replace(run, command_id, AttachResponse(cancel=command_id))
+            self.links.withdraw(run, command_id, AttachResponse(cancel=command_id))
             found.state = adaptation_pb2.ADAPTATION_STATE_CANCELLED
         return found
 

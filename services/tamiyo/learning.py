@@ -17,12 +17,13 @@ def learn(outcomes: Iterable[Mapping[str, Any]], *, min_outcomes: int) -> Estima
     """Estimates of every family with at least ``min_outcomes`` judged seeds.
 
     Args:
-        outcomes: documents with ``family``, ``state`` and ``contribution`` (points, or ``None`` if never measured).
+        outcomes: documents with ``family``, ``state``, ``contribution`` (points, or ``None`` if never measured) and
+            ``seed``, oldest first. Of a seed the newest counts: a run that was resumed judges some of its seeds again.
         min_outcomes: fewest judged seeds of a family; below it the family gets no estimate.
     """
     judged: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for outcome in outcomes:
-        if outcome["state"] in _JUDGED:
+    for outcome in {outcome["seed"]: outcome for outcome in outcomes}.values():
+        if outcome["family"] and outcome["state"] in _JUDGED:
             judged[outcome["family"]].append(outcome)
     return {
         family: _estimate(members) for family, members in sorted(judged.items()) if len(members) >= max(min_outcomes, 1)

@@ -296,7 +296,7 @@ async def commands_of(link: Link[str], registry: LinkRegistry[str], draining: as
         await asyncio.Event().wait()
         yield ""
 
-    async def ignore(message: str) -> None:
+    def ignore(message: str) -> None:
         raise AssertionError(message)
 
     return [command async for command in serve_link(silent(), link, registry, ignore, draining)]

@@ -20,7 +20,8 @@ def check(parameters: Parameters) -> None:
     if not isinstance(plan, Mapping):
         raise invalid("parameters.plan", "it is no map", "give {slot: new channels}")
     for slot, size in plan.items():
-        if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
+        whole = isinstance(size, int) or (isinstance(size, float) and size.is_integer())
+        if isinstance(size, bool) or not whole or size < 1:
             raise invalid(f"parameters.plan.{slot}", f"{size!r} is no whole number from 1", "give new channels")
 
 
@@ -31,9 +32,8 @@ def decide(observation: Observation, parameters: Parameters, estimates: Estimate
     wanted = {str(slot): int(size) for slot, size in plan.items()} if isinstance(plan, Mapping) else {}
     for name in planner.eligible:
         size = wanted.get(name, wanted.get(name.rsplit("/", 1)[-1], 0))
-        for _ in range(size):
-            if planner.affords(name, 1):
-                planner.add(name, 1)
+        while planner.widths[name] - planner.eligible[name].slot.width < size and planner.affords(name, 1):
+            planner.add(name, 1)
 
     def explain(slot: SlotView, added: int) -> str:
         return f"the policy's parameters say so: {added} more channels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,13 +96,21 @@ class Planner:
         ``need(eligible, planned_width)`` falls as the planned width rises; slots below ``least`` or with
         ``None`` get nothing. Ties go to the first name, so that the order of slots cannot matter.
         """
-        while True:
-            needs = {name: need(slot, self.widths[name]) for name, slot in self.eligible.items()}
-            wanting = [(value, name) for name, value in needs.items() if value is not None and value >= least]
-            affordable = [(-value, name) for value, name in wanting if self.affords(name, 1)]
-            if not affordable:
-                return
-            self.add(min(affordable)[1], 1)
+        queue: list[tuple[float, str]] = []
+
+        def enqueue(name: str) -> None:
+            value = need(self.eligible[name], self.widths[name])
+            if value is not None and value >= least:
+                heapq.heappush(queue, (-value, name))
+
+        for name in self.eligible:
+            enqueue(name)
+        while queue:
+            _, name = heapq.heappop(queue)
+            # Costs only rise, so a slot that cannot be afforded now never can.
+            if self.affords(name, 1):
+                self.add(name, 1)
+                enqueue(name)
 
     def plan(
         self,

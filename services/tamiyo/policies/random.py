@@ -29,6 +29,8 @@ def decide(observation: Observation, parameters: Parameters, estimates: Estimate
     generator = random.Random(f"{observation.seed}/{observation.epoch}")
     concentration = number(parameters, "concentration", low=0.01, high=1000)
     draws = {name: generator.gammavariate(concentration, 1.0) for name in planner.eligible}
+    if not any(draws.values()):  # a very low concentration may draw nothing but zeros
+        draws = dict.fromkeys(draws, 1.0)
     total = sum(draws.values())
     share = planner.target - planner.cost
     for name, draw in sorted(draws.items(), key=lambda item: (-item[1], item[0])):

@@ -122,7 +122,9 @@ def _branch(observation: Observation, parameters: Parameters, estimates: Estimat
         size = max(1, round(slot.width * ratio))
         for candidate in observation.candidates:
             cost = candidate.branch_costs.get(slot.name)
-            if slot.name not in candidate.slots or cost is None or _given_up(estimates, candidate.family, survival):
+            if slot.name not in candidate.slots or cost is None or candidate.family == WIDENING:
+                continue
+            if _given_up(estimates, candidate.family, survival):
                 continue
             price = cost.fixed + size * cost.per_size
             if planner.cost + price <= planner.target:
