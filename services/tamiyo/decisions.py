@@ -81,14 +81,8 @@ class DecisionMaker:
         Raises:
             EsperError: POLICY_NOT_FOUND, REQUEST_ID_REUSED.
         """
-        known = self._store.decision_of_request(request_id)
-        if known is not None:
-            if known[0] != request_digest:
-                raise EsperError(
-                    f"request_id {request_id!r} was used for another request: choose a new one",
-                    reason=Reason.REQUEST_ID_REUSED,
-                )
-            return Decision.from_document(known[1]), False
+        if (known := self._decided(request_id, request_digest)) is not None:
+            return known, False
         version = self._registry.get(policy)
         started = time.perf_counter()
         plan = self._plan(observation, version)
@@ -102,8 +96,21 @@ class DecisionMaker:
             decide_time=datetime.now(UTC),
             compute_seconds=time.perf_counter() - started,
         )
-        self._store.add_decision(decision.name, decision.run, request_id, request_digest, decision.to_document())
-        return decision, True
+        if self._store.add_decision(decision.name, decision.run, request_id, request_digest, decision.to_document()):
+            return decision, True
+        # Another Tamiyo on the same database answered the same request meanwhile: the first answer stands.
+        return self._decided(request_id, request_digest) or decision, False
+
+    def _decided(self, request_id: str, request_digest: str) -> Decision | None:
+        known = self._store.decision_of_request(request_id)
+        if known is None:
+            return None
+        if known[0] != request_digest:
+            raise EsperError(
+                f"request_id {request_id!r} was used for another request: choose a new one",
+                reason=Reason.REQUEST_ID_REUSED,
+            )
+        return Decision.from_document(known[1])
 
     def _plan(self, observation: Observation, version: PolicyVersion) -> Plan:
         if (paused := self.pause_reason) is not None:

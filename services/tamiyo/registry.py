@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from services.chassis.errors import EsperError, Reason, invalid
+from services.chassis.errors import EsperError, Reason, invalid, not_found
 from services.tamiyo.learning import learn
 from services.tamiyo.policies import ALGORITHMS, Estimates, Parameters
 from services.tamiyo.policies.parameters import FamilyEstimate
@@ -74,20 +74,23 @@ def _estimates_json(estimates: Estimates) -> dict[str, Any]:
 
 
 class PolicyRegistry:
-    """Versions of all policies, kept in a :class:`Store`; version 1 of each algorithm is made at first start."""
+    """Versions of all policies, kept in a :class:`Store`; version 1 of each algorithm is made at first start.
+
+    They are read when they are asked for, as another Tamiyo on the same database may add or activate one.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        stored = [PolicyVersion.from_document(document, active=active) for active, document in store.policies()]
-        self._versions = {version.name: version for version in stored}
+        known = {version.name for version in self.versions()}
         for algorithm, policy in ALGORITHMS.items():
-            if f"policies/{algorithm}@1" not in self._versions:
-                self._keep(PolicyVersion(algorithm, 1, dict(policy.DEFAULTS), active=True))
+            first = PolicyVersion(algorithm, 1, dict(policy.DEFAULTS), active=True)
+            if first.name not in known:
+                self._keep(first)
 
     def versions(self, algorithm: str = "") -> list[PolicyVersion]:
         """Versions of one algorithm, or (empty) of all, by algorithm and version."""
-        chosen = (v for v in self._versions.values() if not algorithm or v.algorithm == algorithm)
-        return sorted(chosen, key=lambda version: (version.algorithm, version.version))
+        stored = [PolicyVersion.from_document(document, active=active) for active, document in self._store.policies()]
+        return [version for version in stored if algorithm in ("", version.algorithm)]
 
     def get(self, name: str) -> PolicyVersion:
         """A version by its name, or the active one of an algorithm (``policies/utilization``).
@@ -95,15 +98,12 @@ class PolicyRegistry:
         Raises:
             EsperError: POLICY_NOT_FOUND.
         """
-        if name in self._versions:
-            return self._versions[name]
-        for version in self.versions(name.removeprefix("policies/")):
-            if name.startswith("policies/") and version.active:
+        versions = self.versions()
+        for version in versions:
+            if name == version.name or (version.active and name == f"policies/{version.algorithm}"):
                 return version
-        known = ", ".join(sorted({f"policies/{version.algorithm}" for version in self._versions.values()}))
-        raise EsperError(
-            f"there is no policy {name!r}; known are {known} and their versions", reason=Reason.POLICY_NOT_FOUND
-        )
+        known = ", ".join(sorted({f"policies/{version.algorithm}" for version in versions}))
+        raise not_found("policy", name, reason=Reason.POLICY_NOT_FOUND, hint=f"known are {known} and their versions")
 
     def activate(self, name: str, *, etag: str = "") -> PolicyVersion:
         """Make a version the active one of its algorithm.
@@ -115,9 +115,7 @@ class PolicyRegistry:
         if etag and etag != chosen.etag:
             raise EsperError(f"{name} changed since it was read: read it again", reason=Reason.ETAG_MISMATCH)
         self._store.activate(chosen.name, chosen.algorithm)
-        for version in self.versions(chosen.algorithm):
-            self._versions[version.name] = replace(version, active=version.name == chosen.name)
-        return self._versions[chosen.name]
+        return replace(chosen, active=True)
 
     def create(self, algorithm: str, parameters: Mapping[str, object]) -> PolicyVersion:
         """A new version with these parameters; keys that are missing keep the active version's values.
@@ -133,21 +131,25 @@ class PolicyRegistry:
                 raise invalid(f"parameters.{key}", f"{algorithm} has no such parameter", f"its parameters: {known}")
         merged = {**parent.parameters, **parameters}
         policy.check(merged)
-        return self._keep(self._next(parent, parameters=merged))
+        return self._add(parent, parameters=merged)
 
     def learn(self, algorithm: str, *, min_outcomes: int) -> PolicyVersion:
         """A new version with estimates learned from all outcomes kept.
 
         Raises:
-            EsperError: UNKNOWN_ALGORITHM; NO_OUTCOMES when no family has enough.
+            EsperError: UNKNOWN_ALGORITHM, INVALID_FIELD; NO_OUTCOMES when no family has enough.
         """
         parent = self._active(algorithm)
+        if min_outcomes < 1:
+            raise invalid(
+                "learn_from_outcomes.min_outcomes", f"{min_outcomes} is below 1", "give 0 for 5, or 1 or more"
+            )
         estimates = learn(self._store.outcomes(), min_outcomes=min_outcomes)
         if not estimates:
             raise EsperError(
                 f"no family has {min_outcomes} outcomes yet: nothing to learn from", reason=Reason.NO_OUTCOMES
             )
-        return self._keep(self._next(parent, estimates={**parent.estimates, **estimates}))
+        return self._add(parent, estimates={**parent.estimates, **estimates})
 
     def _active(self, algorithm: str) -> PolicyVersion:
         if algorithm not in ALGORITHMS:
@@ -155,13 +157,15 @@ class PolicyRegistry:
             raise EsperError(f"unknown algorithm {algorithm!r}; known are {known}", reason=Reason.UNKNOWN_ALGORITHM)
         return self.get(f"policies/{algorithm}")
 
-    def _next(self, parent: PolicyVersion, **changes: Any) -> PolicyVersion:
-        newest = self.versions(parent.algorithm)[-1].version
-        made = datetime.now(UTC)
-        return replace(parent, version=newest + 1, parent=parent.name, create_time=made, active=False, **changes)
+    def _add(self, parent: PolicyVersion, **changes: Any) -> PolicyVersion:
+        number = self.versions(parent.algorithm)[-1].version
+        made = replace(parent, parent=parent.name, create_time=datetime.now(UTC), active=False, **changes)
+        while True:
+            number += 1
+            version = replace(made, version=number)
+            if self._keep(version):  # else the number was taken by another Tamiyo meanwhile
+                return version
 
-    def _keep(self, version: PolicyVersion) -> PolicyVersion:
+    def _keep(self, version: PolicyVersion) -> bool:
         document = version.to_document()
-        self._store.add_policy(version.name, version.algorithm, version.version, version.active, document)
-        self._versions[version.name] = version
-        return version
+        return self._store.add_policy(version.name, version.algorithm, version.version, version.active, document)

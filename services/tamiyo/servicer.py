@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from esper.tamiyo.v1.outcome_pb2 import Outcome
 from esper.tamiyo.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from services.chassis.errors import invalid, required
 from services.chassis.idempotency import RequestCache, digest_of
-from services.chassis.pagination import decode_token, encode_token, page_size_of
+from services.chassis.pagination import decode_offset, encode_token, page_size_of
 from services.chassis.watch import WatchHub
 from services.tamiyo import wire
 from services.tamiyo.decisions import Decision, DecisionMaker
@@ -104,9 +106,9 @@ class PolicyServicer(PolicyServiceServicer):
         context: ServicerContext[pb.ListDecisionsRequest, pb.ListDecisionsResponse],
     ) -> pb.ListDecisionsResponse:
         """See the contract."""
-        scope = {"run": request.run}
+        scope = {"decisions of": request.run}
         size = page_size_of(request.page_size)
-        before = int(decode_token(scope, request.page_token)) if request.page_token else None
+        before = decode_offset(scope, request.page_token) if request.page_token else None
         page = await self._run(self._maker.page, request.run, before, size + 1)
         token = encode_token(scope, str(page[size - 1][0])) if len(page) > size else ""
         decisions = [wire.write_decision(decision) for _, decision in page[:size]]
@@ -118,7 +120,8 @@ class PolicyServicer(PolicyServiceServicer):
         context: ServicerContext[pb.WatchDecisionsRequest, pb.WatchDecisionsResponse],
     ) -> AsyncIterator[pb.WatchDecisionsResponse]:
         """See the contract. The snapshot holds the newest 50 decisions, oldest first."""
-        recent = await self._run(self._maker.page, request.run, None, _SNAPSHOT_DECISIONS)
+        resuming = bool(request.resume_token)
+        recent = [] if resuming else await self._run(self._maker.page, request.run, None, _SNAPSHOT_DECISIONS)
 
         def snapshot() -> Iterable[Decision]:
             return [decision for _, decision in reversed(recent)]
@@ -129,13 +132,14 @@ class PolicyServicer(PolicyServiceServicer):
         stream = self._hub.watch(
             snapshot=snapshot, match=match, resume_token=request.resume_token or None, draining=self._draining
         )
-        async for item in stream:
-            yield pb.WatchDecisionsResponse(
-                change=item.change,
-                decision=None if item.item is None else wire.write_decision(item.item),
-                revision=item.revision,
-                resume_token=item.token,
-            )
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                yield pb.WatchDecisionsResponse(
+                    change=item.change,
+                    decision=None if item.item is None else wire.write_decision(item.item),
+                    revision=item.revision,
+                    resume_token=item.token,
+                )
 
     async def GetPolicy(
         self, request: pb.GetPolicyRequest, context: ServicerContext[pb.GetPolicyRequest, pb.GetPolicyResponse]
@@ -149,9 +153,9 @@ class PolicyServicer(PolicyServiceServicer):
         self, request: pb.ListPoliciesRequest, context: ServicerContext[pb.ListPoliciesRequest, pb.ListPoliciesResponse]
     ) -> pb.ListPoliciesResponse:
         """See the contract."""
-        scope = {"algorithm": request.algorithm}
+        scope = {"versions of": request.algorithm}
         size = page_size_of(request.page_size)
-        start = int(decode_token(scope, request.page_token)) if request.page_token else 0
+        start = decode_offset(scope, request.page_token)
         versions = await self._run(self._registry.versions, request.algorithm)
         token = encode_token(scope, str(start + size)) if len(versions) > start + size else ""
         policies = [wire.write_policy(version) for version in versions[start : start + size]]
@@ -176,7 +180,7 @@ class PolicyServicer(PolicyServiceServicer):
             raise required("algorithm")
         match request.WhichOneof("source"):
             case "parameters":
-                parameters = wire.read_struct(request.parameters)
+                parameters = wire.read_struct(request.parameters, "parameters")
                 version = await self._once(
                     "CreatePolicy", request, self._registry.create, request.algorithm, parameters
                 )
@@ -215,6 +219,9 @@ def _outcome_document(outcome: Outcome) -> dict[str, Any]:
     state = SeedState.Name(outcome.state).removeprefix("SEED_STATE_") if outcome.state in SeedState.values() else ""
     if state not in _FINAL_STATES:
         raise invalid("outcome.state", "it is no final state", f"use one of {', '.join(sorted(_FINAL_STATES))}")
+    value = outcome.contribution.value if outcome.HasField("contribution") else None
+    if value is not None and not math.isfinite(value):
+        raise invalid("outcome.contribution.value", f"{value} is no number", "leave it out where it was not measured")
     return {
         "seed": outcome.seed,
         "decision": outcome.decision,
@@ -222,7 +229,7 @@ def _outcome_document(outcome: Outcome) -> dict[str, Any]:
         "blueprint": outcome.blueprint,
         "family": outcome.family,
         "state": state,
-        "contribution": outcome.contribution.value if outcome.HasField("contribution") else None,
+        "contribution": value,
         "parameters": outcome.parameters if outcome.HasField("parameters") else None,
         "flops": outcome.flops if outcome.HasField("flops") else None,
         "reason": outcome.reason,

@@ -6,12 +6,15 @@ committed before its call returns, so an answer that was given survives kill -9.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
+
+from services.chassis.errors import EsperError, Reason
 
 Document: TypeAlias = Mapping[str, Any]
 
@@ -59,60 +62,78 @@ def sqlite_url(folder: Path) -> str:
 class Store:
     """The records of one Tamiyo. Not for use by two threads at once; calls block for a few milliseconds.
 
-    ``decision_limit`` bounds the decisions kept: the oldest go first.
+    Several processes may share one database. ``decision_limit`` bounds the decisions kept: the oldest go first.
+    Every method raises EsperError UNAVAILABLE while the database cannot be reached, STORAGE_FULL when it has no room.
     """
 
     def __init__(self, url: str, *, decision_limit: int) -> None:
-        self._engine = sa.create_engine(url)
-        self._decision_limit = decision_limit
-        if self._engine.dialect.name == "sqlite":
-            sa.event.listen(self._engine, "connect", _durable)
-        _METADATA.create_all(self._engine)
+        with _translated():
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            self._decision_limit = decision_limit
+            if self._engine.dialect.name == "sqlite":
+                sa.event.listen(self._engine, "connect", _durable)
+            _METADATA.create_all(self._engine)
 
     def close(self) -> None:
         """Give the connections back."""
         self._engine.dispose()
 
-    def add_policy(self, name: str, algorithm: str, version: int, active: bool, document: Document) -> None:
-        """Keep a new policy version."""
-        row = {"name": name, "algorithm": algorithm, "version": version, "active": active}
-        with self._engine.begin() as connection:
-            connection.execute(_POLICIES.insert().values(**row, document=json.dumps(document)))
+    @contextlib.contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        with _translated(), self._engine.begin() as connection:
+            yield connection
+
+    def _insert(self, table: sa.Table, **row: object) -> bool:
+        """Insert a row in a transaction of its own; False when one with its key is there."""
+        with _translated():
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(table.insert().values(**row))
+            except sa.exc.IntegrityError:
+                return False
+        return True
+
+    def add_policy(self, name: str, algorithm: str, version: int, active: bool, document: Document) -> bool:
+        """Keep a new policy version; False when a version of that name exists."""
+        text = json.dumps(document)
+        return self._insert(_POLICIES, name=name, algorithm=algorithm, version=version, active=active, document=text)
 
     def policies(self) -> list[tuple[bool, dict[str, Any]]]:
         """(active, document) of every version, by algorithm and version."""
         query = sa.select(_POLICIES.c.active, _POLICIES.c.document).order_by(_POLICIES.c.algorithm, _POLICIES.c.version)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             return [(bool(row.active), json.loads(row.document)) for row in connection.execute(query)]
 
     def activate(self, name: str, algorithm: str) -> None:
         """Make one version of the algorithm the active one, and no other."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(
                 _POLICIES.update().where(_POLICIES.c.algorithm == algorithm).values(active=_POLICIES.c.name == name)
             )
 
-    def add_decision(self, name: str, run: str, request_id: str, request_digest: str, document: Document) -> None:
-        """Keep a decision; beyond the limit the oldest is forgotten."""
+    def add_decision(self, name: str, run: str, request_id: str, request_digest: str, document: Document) -> bool:
+        """Keep a decision, and beyond the limit forget the oldest; False when the request has a decision already."""
         row = {"name": name, "run": run, "request_id": request_id, "request_digest": request_digest}
-        with self._engine.begin() as connection:
-            made = connection.execute(_DECISIONS.insert().values(**row, document=json.dumps(document)))
-            newest = made.inserted_primary_key[0] if made.inserted_primary_key else 0
+        if not self._insert(_DECISIONS, **row, document=json.dumps(document)):
+            return False
+        newest = sa.select(sa.func.max(_DECISIONS.c.sequence)).scalar_subquery()
+        with self._begin() as connection:
             connection.execute(_DECISIONS.delete().where(_DECISIONS.c.sequence <= newest - self._decision_limit))
+        return True
 
     def decision_of_request(self, request_id: str) -> tuple[str, dict[str, Any]] | None:
         """(request digest, document) of the decision a request made, or ``None``."""
         query = sa.select(_DECISIONS.c.request_digest, _DECISIONS.c.document).where(
             _DECISIONS.c.request_id == request_id
         )
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             row = connection.execute(query).first()
         return None if row is None else (row.request_digest, json.loads(row.document))
 
     def decision(self, name: str) -> dict[str, Any] | None:
         """A decision's document, or ``None``."""
         query = sa.select(_DECISIONS.c.document).where(_DECISIONS.c.name == name)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             row = connection.execute(query).first()
         return None if row is None else dict(json.loads(row.document))
 
@@ -123,39 +144,49 @@ class Store:
             query = query.where(_DECISIONS.c.run == run)
         if before is not None:
             query = query.where(_DECISIONS.c.sequence < before)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             return [(row.sequence, json.loads(row.document)) for row in connection.execute(query.limit(limit))]
 
     def add_outcome(self, request_id: str, document: Document) -> None:
         """Keep an outcome; the same request twice is one outcome."""
-        known = sa.select(_OUTCOMES.c.sequence).where(_OUTCOMES.c.request_id == request_id)
-        with self._engine.begin() as connection:
-            if connection.execute(known).first() is None:
-                connection.execute(_OUTCOMES.insert().values(request_id=request_id, document=json.dumps(document)))
+        self._insert(_OUTCOMES, request_id=request_id, document=json.dumps(document))
 
     def outcomes(self) -> list[dict[str, Any]]:
         """All outcomes, oldest first."""
         query = sa.select(_OUTCOMES.c.document).order_by(_OUTCOMES.c.sequence)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             return [json.loads(row.document) for row in connection.execute(query)]
 
     def outcome_count(self) -> int:
         """How many outcomes are kept."""
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             return int(connection.execute(sa.select(sa.func.count()).select_from(_OUTCOMES)).scalar_one())
 
     def setting(self, key: str) -> str | None:
         """A setting's value, or ``None``."""
         query = sa.select(_SETTINGS.c.value).where(_SETTINGS.c.key == key)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             return connection.execute(query).scalar_one_or_none()
 
     def set_setting(self, key: str, value: str | None) -> None:
         """Set a setting, or remove it with ``None``."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(_SETTINGS.delete().where(_SETTINGS.c.key == key))
             if value is not None:
                 connection.execute(_SETTINGS.insert().values(key=key, value=value))
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what a database says when it is away, full or no database at all into our errors."""
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as error:
+        if "disk is full" in str(error) or "No space left" in str(error):
+            raise EsperError("the policies' database has no room left", reason=Reason.STORAGE_FULL) from error
+        # The statement and its values are for the log, not for the caller.
+        detail = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+        raise EsperError(f"the policies' database: {detail}", reason=Reason.UNAVAILABLE, retry_after=1.0) from error
 
 
 def _durable(connection: Any, record: object) -> None:

@@ -6,7 +6,7 @@ import math
 from datetime import timedelta
 from typing import Literal
 
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, SerializeToJsonError
 from google.protobuf.struct_pb2 import Struct
 
 from esper.common.v1.common_pb2 import (
@@ -18,6 +18,7 @@ from esper.common.v1.common_pb2 import (
 from esper.kasmina.v1 import topology_pb2
 from esper.tamiyo.v1 import decision_pb2, observation_pb2, policy_pb2
 from services.chassis.errors import invalid
+from services.chassis.ids import parse_name
 from services.tamiyo.decisions import Decision
 from services.tamiyo.observation import (
     BranchCost,
@@ -33,6 +34,8 @@ from services.tamiyo.observation import (
 from services.tamiyo.policies import ALGORITHMS
 from services.tamiyo.registry import PolicyVersion
 
+# No layer is as wide; a bound on the work that a request can ask for.
+_WIDEST = 2**20
 _Measured = Literal["effective_rank", "participation_ratio", "dead_unit_ratio"]
 
 _KINDS = {SLOT_KIND_WIDTH: SlotKind.WIDTH, SLOT_KIND_SPAN: SlotKind.SPAN}
@@ -52,12 +55,15 @@ def read_observation(message: observation_pb2.Observation) -> Observation:
     """The observation as plain Python.
 
     Raises:
-        EsperError: REQUIRED_FIELD or INVALID_FIELD with the path of the first field that makes no sense.
+        EsperError: REQUIRED_FIELD, INVALID_NAME or INVALID_FIELD with the path of the first field that makes no sense.
     """
-    _require(message.run != "", "observation.run", "it is empty", "give runs/{r}")
+    parse_name("runs/{r}", message.run, field="observation.run")
     _require(message.decisions_left >= 1, "observation.decisions_left", "it is below 1", "count this decision too")
-    _require(message.max_factor > 1, "observation.max_factor", "it is not above 1", "2 allows doubling a layer")
+    factor = _finite(message.max_factor, "observation.max_factor", low=0)
+    _require(factor > 1, "observation.max_factor", "it is not above 1", "2 allows doubling a layer")
     progress = _finite(message.progress_ratio, "observation.progress_ratio", low=0)
+    start = _finite(message.window_start_ratio, "observation.window_start_ratio", low=0)
+    end = _finite(message.window_end_ratio, "observation.window_end_ratio", low=start)
     if message.budget.kind not in _BUDGETS:
         raise invalid("observation.budget.kind", "it is no kind of budget", "use FLOPS or PARAMETERS")
     kind = _BUDGETS[message.budget.kind]
@@ -68,7 +74,7 @@ def read_observation(message: observation_pb2.Observation) -> Observation:
         run=message.run,
         epoch=message.epoch,
         progress=progress,
-        window=(message.window_start_ratio, message.window_end_ratio),
+        window=(start, end),
         decisions_left=message.decisions_left,
         budget_kind=kind,
         budget_limit=_finite(message.budget.limit, "observation.budget.limit", low=0),
@@ -76,7 +82,7 @@ def read_observation(message: observation_pb2.Observation) -> Observation:
         slots=slots,
         cost_terms=_read_cost_terms(message, kind, widths),
         candidates=_read_candidates(message, kind, names),
-        max_factor=message.max_factor,
+        max_factor=factor,
         seed=message.seed,
     )
 
@@ -89,7 +95,9 @@ def _read_slots(message: observation_pb2.Observation) -> list[SlotView]:
         path = f"observation.slots[{index}]"
         _require(slot.name != "", f"{path}.name", "it is empty", "give runs/{r}/slots/{slot}")
         _require(slot.name not in seen, f"{path}.name", f"{slot.name!r} occurs twice", "name every slot once")
-        _require(slot.width >= 1, f"{path}.width", f"{slot.width} is no width", "widths are 1 or more")
+        _require(1 <= slot.width <= _WIDEST, f"{path}.width", f"{slot.width} is no width", f"give 1 to {_WIDEST}")
+        host = message.host_widths.get(slot.name, slot.width)
+        _require(1 <= host <= _WIDEST, f"observation.host_widths[{slot.name!r}]", f"{host} is no width", "see width")
         if slot.kind not in _KINDS:
             raise invalid(f"{path}.kind", "it is no kind of slot", "use WIDTH or SPAN")
         if slot.occupancy not in _OCCUPANCIES:
@@ -99,10 +107,10 @@ def _read_slots(message: observation_pb2.Observation) -> list[SlotView]:
             name=slot.name,
             kind=_KINDS[slot.kind],
             width=slot.width,
-            host_width=message.host_widths.get(slot.name, slot.width),
+            host_width=host,
             occupancy=_OCCUPANCIES[slot.occupancy],
             free_epoch=slot.free_epoch if slot.HasField("free_epoch") else None,
-            penalties=dict(slot.penalties),
+            penalties={key: _finite(value, f"{path}.penalties", low=0) for key, value in slot.penalties.items()},
             health=health.pop(slot.name, None),
         )
         slots.append(view)
@@ -112,9 +120,10 @@ def _read_slots(message: observation_pb2.Observation) -> list[SlotView]:
 
 
 def _read_health(message: observation_pb2.Observation) -> dict[str, Health]:
-    found = {}
+    found: dict[str, Health] = {}
     for index, item in enumerate(message.health):
         path = f"observation.health[{index}]"
+        _require(item.slot not in found, f"{path}.slot", f"{item.slot!r} occurs twice", "one entry per slot")
         found[item.slot] = Health(
             effective_rank=_optional(item, "effective_rank", path),
             participation_ratio=_optional(item, "participation_ratio", path),
@@ -140,13 +149,17 @@ def _read_candidates(message: observation_pb2.Observation, kind: BudgetKind, nam
     candidates = []
     for index, item in enumerate(message.candidates):
         path = f"observation.candidates[{index}]"
+        parse_name("blueprints/{b}", item.blueprint, field=f"{path}.blueprint")
         for slot in item.slots:
             _require(slot in names, f"{path}.slots", f"{slot!r} is none of the observed slots", "name observed slots")
         costs = {}
         for cost in item.branch_costs:
-            flops = BranchCost(cost.flops_fixed, cost.flops_per_size)
-            parameters = BranchCost(cost.parameters_fixed, cost.parameters_per_size)
-            costs[cost.slot] = flops if kind is BudgetKind.FLOPS else parameters
+            flops = kind is BudgetKind.FLOPS
+            fixed, each = (
+                (cost.flops_fixed, cost.flops_per_size) if flops else (cost.parameters_fixed, cost.parameters_per_size)
+            )
+            where = f"{path}.branch_costs[{cost.slot!r}]"
+            costs[cost.slot] = BranchCost(_finite(fixed, where, low=0), _finite(each, where, low=0))
         candidates.append(Candidate(item.blueprint, item.family, frozenset(item.slots), costs))
     return candidates
 
@@ -216,6 +229,13 @@ def write_policy(version: PolicyVersion) -> policy_pb2.Policy:
     return message
 
 
-def read_struct(message: Struct) -> dict[str, object]:
-    """A Struct as plain Python."""
-    return dict(MessageToDict(message))
+def read_struct(message: Struct, field: str) -> dict[str, object]:
+    """A Struct as plain Python.
+
+    Raises:
+        EsperError: INVALID_FIELD for a number that is none.
+    """
+    try:
+        return dict(MessageToDict(message))
+    except SerializeToJsonError as error:
+        raise invalid(field, "a number in it is infinite or none", "give finite numbers") from error
