@@ -237,5 +237,5 @@ def read_struct(message: Struct, field: str) -> dict[str, object]:
     """
     try:
         return dict(MessageToDict(message))
-    except SerializeToJsonError as error:
+    except (SerializeToJsonError, ValueError) as error:
         raise invalid(field, "a number in it is infinite or none", "give finite numbers") from error

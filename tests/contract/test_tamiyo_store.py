@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from services.chassis.errors import EsperError, Reason
 from services.tamiyo.decisions import Decision, DecisionMaker
 from services.tamiyo.registry import PolicyRegistry
 from services.tamiyo.store import Store, sqlite_url
+from tests.infrastructure.processes import free_ports
 from tests.support.observations import observation, slot
 
 _SEEN = observation([slot("a", 4, 3.9), slot("b", 4)])
@@ -127,3 +130,97 @@ def test_versions_that_make_no_sense_are_refused(
         with pytest.raises(EsperError) as caught:
             registry.get(name)
         assert reason_of(caught) is Reason.POLICY_NOT_FOUND
+
+
+def test_two_that_share_a_database_see_each_other(store: Store, url: str) -> None:
+    other_store = Store(url, decision_limit=3)
+    here, there = PolicyRegistry(store), PolicyRegistry(other_store)
+    assert here.create("utilization", {}).version == 2
+    assert there.create("utilization", {}).version == 3
+    there.activate("policies/utilization@3")
+    assert here.get("policies/utilization").version == 3
+    assert [version.active for version in here.versions("utilization")] == [False, False, True]
+    # Both answer one request: the first answer stands, whoever asks.
+    first, new = decide(DecisionMaker(store, here), "same")
+    assert new
+    assert decide(DecisionMaker(other_store, there), "same") == (first, False)
+    assert not other_store.add_decision("decisions/x", "runs/r", "same", "digest", {})
+    other_store.close()
+
+
+def test_a_version_number_that_was_taken_meanwhile_is_passed_over(store: Store, url: str) -> None:
+    registry = PolicyRegistry(store)
+
+    class Late(Store):
+        """Another Tamiyo takes the number between the look and the insert."""
+
+        def add_policy(
+            self, name: str, algorithm: str, version: int, active: bool, document: Mapping[str, Any]
+        ) -> bool:
+            if name == "policies/random@2":
+                assert store.add_policy(name, algorithm, version, active, document)
+            return super().add_policy(name, algorithm, version, active, document)
+
+        def decision_of_request(self, request_id: str) -> tuple[str, dict[str, Any]] | None:
+            found = super().decision_of_request(request_id)
+            if found is None:
+                decide(DecisionMaker(store, registry), request_id)
+            return found
+
+    late = Late(url, decision_limit=3)
+    assert PolicyRegistry(late).create("random", {}).name == "policies/random@3"
+    decision, new = decide(DecisionMaker(late, PolicyRegistry(late)), "raced")
+    assert not new
+    assert decide(DecisionMaker(store, registry), "raced") == (decision, False)
+    late.close()
+
+
+def test_an_algorithm_is_named_in_full(store: Store) -> None:
+    registry = PolicyRegistry(store)
+    assert registry.get("policies/uniform").name == "policies/uniform@1"
+    for name in ("", "policies/", "policies/@1", "uniform@1"):
+        with pytest.raises(EsperError, match="known are policies/fixed") as caught:
+            registry.get(name)
+        assert reason_of(caught) is Reason.POLICY_NOT_FOUND
+    with pytest.raises(EsperError, match="below 1") as caught:
+        registry.learn("utilization", min_outcomes=-1)
+    assert reason_of(caught) is Reason.INVALID_FIELD
+
+
+def test_what_is_no_database_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tamiyo.sqlite").write_bytes(b"no database at all, but long enough to be read as one" * 100)
+    closed = free_ports(1)[0]
+    for url in (
+        sqlite_url(tmp_path),
+        f"sqlite:///{tmp_path / 'none' / 'x.sqlite'}",
+        f"postgresql+psycopg://esper:secret@127.0.0.1:{closed}/none",
+        "nonsense",
+    ):
+        with pytest.raises(EsperError) as caught:
+            Store(url, decision_limit=3)
+        assert reason_of(caught) is Reason.UNAVAILABLE
+        assert "\n" not in caught.value.message
+        assert "secret" not in caught.value.message
+
+
+def test_a_full_database_is_told_apart_and_loses_nothing(tmp_path: Path) -> None:
+    store = Store(sqlite_url(tmp_path), decision_limit=3)
+    registry = PolicyRegistry(store)
+    before = registry.versions()
+
+    def no_more_room(connection: Any, _record: object) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    store.close()
+    sa.event.listen(sa.pool.Pool, "connect", no_more_room)
+    try:
+        full = Store(sqlite_url(tmp_path), decision_limit=3)
+    finally:
+        sa.event.remove(sa.pool.Pool, "connect", no_more_room)
+    with pytest.raises(EsperError) as caught:
+        full.set_setting("key", "x" * 100_000)
+    assert reason_of(caught) is Reason.STORAGE_FULL
+    assert PolicyRegistry(full).versions() == before
+    assert full.setting("key") is None
+    full.close()

@@ -23,9 +23,8 @@ WIDEN, BRANCH = "blueprints/widen", "blueprints/branch"
 def slot(name: str, width: int, rank: float | None = None, **changes: Any) -> SlotView:
     """A width slot whose health is its effective rank; ``None`` is unmeasured."""
     health = None if rank is None else Health(effective_rank=rank, participation_ratio=rank / 2, samples=500)
-    return SlotView(
-        **{"name": name, "kind": SlotKind.WIDTH, "width": width, "host_width": width, "health": health} | changes
-    )
+    fields: dict[str, Any] = {"kind": SlotKind.WIDTH, "width": width, "host_width": width, "health": health}
+    return SlotView(name=name, **{**fields, **changes})
 
 
 def chain(slots: Sequence[SlotView]) -> list[CostTerm]:
