@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import control_load, measure, startup
+from tests.benchmarks import control_load, dormant, measure, numbers, startup
 from tests.infrastructure.runs import SERVICES
 
 
@@ -53,3 +53,27 @@ def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(result["training_process_seconds"]) == {"torch", "data", "waited"}
     assert result["control_seconds"]["least"] > 0
     assert result["first_step_seconds"]["least"] > max(result["services_serving_after_seconds"].values())
+
+
+def test_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(numbers, tmp_path, capsys, "--seconds", "0.5", "--calls", "10", "--epochs", "45")
+    found = {number["name"]: number for number in result["numbers"]}
+    assert len(found) == len(result["numbers"]) >= 14
+    for number in found.values():
+        assert (number["value"] is None) == (number["holds"] is None)
+        assert len(number["method"]) > 20
+    # These are no timings: they hold on any machine.
+    assert found["rollback, exact"]["value"] == 100
+    assert found["drift of untouched layers"]["value"] == 0
+    assert found["dormant overhead"]["value"] is None
+
+
+def test_dormant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(dormant, tmp_path, capsys, "--rounds", "3", "--window", "0.4", "--epochs", "2")
+    # No timing either: a run without growth is the plain loop, to the last bit.
+    assert result["different"] == []
+    assert result["bit_identical"] is True
+    assert result["tensors"] > 20
+    assert set(result["cpu_ms_per_step"]) == {"bare", "off", "deciding"}
+    for key, interval in (("overhead_percent", "interval"), ("overhead_percent_deciding", "interval_deciding")):
+        assert result[interval][0] <= result[key] <= result[interval][1]
