@@ -16,10 +16,10 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from google.protobuf import descriptor_pb2  # noqa: E402 - the repository's root has to be on the path for what follows
+from google.protobuf import descriptor_pb2  # noqa: E402 - after the repository is on the path
 
-from services.chassis.errors import Reason  # noqa: E402
-from services.oona.topics import DEAD_LETTER_SUFFIX, PLATFORM_TOPICS  # noqa: E402
+from services.chassis.errors import Reason  # noqa: E402 - after the repository is on the path
+from services.oona.topics import DEAD_LETTER_SUFFIX, PLATFORM_TOPICS  # noqa: E402 - after the repository is on the path
 
 PAGE: Final = ROOT / "docs" / "api_reference.md"
 _ORDER: Final = ("urza", "tezzeret", "tamiyo", "kasmina", "oona", "tolaria", "common", "events")

@@ -118,7 +118,8 @@ class Session:
     def _train_grown(self, trainer: TolariaTrainer) -> None:
         if self._resume:
             trainer.resume()
-        self._progress.write(StatusProgress(state="training", message=f"training from step {trainer.step} of {trainer.total_steps}"))
+        began = f"training from step {trainer.step} of {trainer.total_steps}"
+        self._progress.write(StatusProgress(state="training", message=began))
         result = trainer.train()
         self._done[GROWN] = asdict(result)
         self._done["changes"] = changes(trainer.engine)
