@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
-    except Exception as error:  # noqa: BLE001 - torch refuses a file with errors of a module that nobody here imports
+    except Exception as error:  # torch refuses a file with errors of a module that nobody here may import
         raise ModelError(f"model.weights {path} does not fit this host: {error}") from error
 
 
