@@ -64,7 +64,7 @@ class TrainingServicer(TrainingServiceServicer):
         """See the contract."""
         name = request.name and _run(request.name)
         stream = self._gateway.hub.watch(
-            snapshot=lambda: [self._gateway.run(name)] if name else self._gateway.runs(),
+            snapshot=self._gateway.runs,  # what matches; a run may attach later
             draining=self._draining,
             match=lambda run: name in ("", run.name),
             resume_token=request.resume_token or None,

@@ -217,6 +217,7 @@ def test_very_uneven_draws_still_spend() -> None:
 def test_a_fixed_plan_larger_than_any_network_ends() -> None:
     seen = observation([slot("runs/r/slots/a", 4, 1.0)], factor=3, decisions_left=1)
     assert sizes(decide("fixed", seen, plan={"a": 10**15})) == {"runs/r/slots/a": 4}
+    ALGORITHMS["fixed"].check({"plan": {"a": 2.0, "b": 1}})
     for size in (float("inf"), float("nan"), 1.5):
         with pytest.raises(EsperError):
             ALGORITHMS["fixed"].check({"plan": {"a": size}})

@@ -98,7 +98,8 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+        """Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+        Errors: RESUME_TOKEN_EXPIRED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,9 @@ class TrainingServiceStub:
     ListRuns: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListRunsRequest, _training_service_pb2.ListRunsResponse]
     """Runs, newest first. Errors: INVALID_PAGE_TOKEN."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_training_service_pb2.WatchRunRequest, _training_service_pb2.WatchRunResponse]
-    """Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED."""
+    """Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+    Errors: RESUME_TOKEN_EXPIRED.
+    """
     PauseRun: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PauseRunRequest, _training_service_pb2.PauseRunResponse]
     """Holds the run at its next safe point."""
     ResumeRun: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ResumeRunRequest, _training_service_pb2.ResumeRunResponse]
@@ -66,7 +68,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ListRuns: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListRunsRequest, _training_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Runs, newest first. Errors: INVALID_PAGE_TOKEN."""
     WatchRun: _aio.UnaryStreamMultiCallable[_training_service_pb2.WatchRunRequest, _training_service_pb2.WatchRunResponse]  # type: ignore[assignment]
-    """Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED."""
+    """Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+    Errors: RESUME_TOKEN_EXPIRED.
+    """
     PauseRun: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PauseRunRequest, _training_service_pb2.PauseRunResponse]  # type: ignore[assignment]
     """Holds the run at its next safe point."""
     ResumeRun: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ResumeRunRequest, _training_service_pb2.ResumeRunResponse]  # type: ignore[assignment]
@@ -105,7 +109,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.WatchRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_service_pb2.WatchRunResponse], _abc.AsyncIterator[_training_service_pb2.WatchRunResponse]]:
-        """Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED."""
+        """Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+        Errors: RESUME_TOKEN_EXPIRED.
+        """
 
     @_abc_1.abstractmethod
     def PauseRun(

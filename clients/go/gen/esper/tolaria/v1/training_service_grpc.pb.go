@@ -43,7 +43,8 @@ type TrainingServiceClient interface {
 	GetRun(ctx context.Context, in *GetRunRequest, opts ...grpc.CallOption) (*GetRunResponse, error)
 	// Runs, newest first. Errors: INVALID_PAGE_TOKEN.
 	ListRuns(ctx context.Context, in *ListRunsRequest, opts ...grpc.CallOption) (*ListRunsResponse, error)
-	// Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+	// Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+	// Errors: RESUME_TOKEN_EXPIRED.
 	WatchRun(ctx context.Context, in *WatchRunRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchRunResponse], error)
 	// Holds the run at its next safe point.
 	PauseRun(ctx context.Context, in *PauseRunRequest, opts ...grpc.CallOption) (*PauseRunResponse, error)
@@ -165,7 +166,8 @@ type TrainingServiceServer interface {
 	GetRun(context.Context, *GetRunRequest) (*GetRunResponse, error)
 	// Runs, newest first. Errors: INVALID_PAGE_TOKEN.
 	ListRuns(context.Context, *ListRunsRequest) (*ListRunsResponse, error)
-	// Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+	// Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+	// Errors: RESUME_TOKEN_EXPIRED.
 	WatchRun(*WatchRunRequest, grpc.ServerStreamingServer[WatchRunResponse]) error
 	// Holds the run at its next safe point.
 	PauseRun(context.Context, *PauseRunRequest) (*PauseRunResponse, error)

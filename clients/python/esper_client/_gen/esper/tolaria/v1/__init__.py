@@ -900,7 +900,8 @@ class TrainingServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[WatchRunResponse]":
         """
-        Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+        Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+        Errors: RESUME_TOKEN_EXPIRED.
         """
 
         async for response in self._unary_stream(

@@ -481,7 +481,8 @@ export const TrainingService: GenService<{
     output: typeof ListRunsResponseSchema;
   },
   /**
-   * Runs as they change: a snapshot, a bookmark, then changes. Errors: RESUME_TOKEN_EXPIRED.
+   * Runs as they change: a snapshot, a bookmark, then changes; a run that has not attached yet is waited for.
+   * Errors: RESUME_TOKEN_EXPIRED.
    *
    * @generated from rpc esper.tolaria.v1.TrainingService.WatchRun
    */
