@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Final
 
 import grpc.aio
@@ -13,9 +13,9 @@ from esper.events.v1 import events_pb2
 from esper.urza.v1 import blueprint_service_pb2 as urza
 from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from esper.urza.v1.kernel_pb2 import KERNEL_STATUS_VALIDATED
-from services.blueprints.spec import Blueprint
+from services.blueprints.spec import Blueprint, SpecError
 from services.blueprints.wire import blueprint_from_spec, digest_to_proto
-from services.chassis.errors import from_rpc_error
+from services.chassis.errors import EsperError, Reason, from_rpc_error
 from services.chassis.events import EventPublisher
 from services.tezzeret.compiler import SignedKernel
 from services.tezzeret.jobs import Job, State
@@ -23,6 +23,9 @@ from services.tezzeret.jobs import Job, State
 _CHUNK_BYTES: Final = 2**20
 _SECONDS: Final = 10.0
 """Deadline of a call to Urza."""
+_SECONDS_TO_LOOK: Final = 2.0
+"""Deadline of a call that somebody waits for meanwhile."""
+_LOG: Final = logging.getLogger(__name__)
 
 
 class UrzaLibrary:
@@ -35,13 +38,26 @@ class UrzaLibrary:
         """A blueprint by its name.
 
         Raises:
-            EsperError: UNKNOWN_BLUEPRINT, or Urza cannot be reached.
+            EsperError: UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, or Urza cannot be reached.
         """
         try:
             answer = await self._stub.GetBlueprint(urza.GetBlueprintRequest(name=name), timeout=_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
-        return blueprint_from_spec(answer.blueprint.spec)
+        try:
+            return blueprint_from_spec(answer.blueprint.spec)
+        except SpecError as error:  # of a newer version than this one
+            raise EsperError(f"{name}: {error}", reason=Reason.BLUEPRINT_INVALID) from error
+
+    async def holds(self, kernel: str) -> bool:
+        """Whether the library has a kernel; yes where it cannot be asked: then nobody could fetch it either."""
+        try:
+            await self._stub.GetKernel(urza.GetKernelRequest(name=kernel), timeout=_SECONDS_TO_LOOK)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return False
+            _LOG.warning("cannot ask Urza for %s: %s %s", kernel, error.code().name, error.details())
+        return True
 
     async def register(self, kernel: SignedKernel) -> str:
         """Upload a kernel, or find it there, and mark it as validated; returns its name.
@@ -106,12 +122,11 @@ class EventAnnouncer:
     def characterized(self, kernel: SignedKernel, name: str) -> None:
         """What was measured of a kernel."""
         cost = kernel.kernel.manifest.characterization
-        latency = None if cost.latency_seconds is None else timedelta(seconds=cost.latency_seconds)
         event = events_pb2.KernelCharacterized(
             kernel=name,
             parameters=cost.parameters,
             flops=cost.flops,
-            latency_ms=None if latency is None else latency.total_seconds() * 1e3,
+            latency_ms=None if cost.latency_seconds is None else cost.latency_seconds * 1e3,
             memory_bytes=cost.memory_bytes,
         )
         self._publisher.publish("validation.kernel.characterized", name, event)

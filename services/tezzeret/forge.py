@@ -61,10 +61,12 @@ def forge(request: Mapping[str, JsonValue], stage: Callable[[str], None]) -> byt
         modules = [(branch, interface.input_shape)]
         tensors = {name: parameter.detach().numpy() for name, parameter in branch.named_parameters()}
     stage("COMPILING")
-    for module, _ in modules:
-        fx.symbolic_trace(nn.Sequential(module))  # a static graph, no control flow that depends on data
+    # A static graph: no control flow that depends on data.
+    graphs = [fx.symbolic_trace(nn.Sequential(module)) for module, _ in modules]
     stage("VALIDATING")
     batches = [torch.randn((BATCH, *shape), generator=generator) for _, shape in modules]
+    for graph, (module, _), batch in zip(graphs, modules, batches, strict=True):
+        _check_graph(graph, module, batch)
     if interface.kind is SlotKind.WIDTH:
         for standin, batch in zip(standins, batches, strict=True):
             _check_widening(standin, batch)
@@ -91,6 +93,15 @@ def forge(request: Mapping[str, JsonValue], stage: Callable[[str], None]) -> byt
         ),
     )
     return artifact.pack(manifest, tensors)
+
+
+def _check_graph(graph: fx.GraphModule, module: nn.Module, batch: Tensor) -> None:
+    """What was traced is what was built. In evaluation mode: running statistics stay as they are."""
+    module.eval()
+    with torch.no_grad():
+        if not torch.equal(graph(batch), module(batch)):
+            raise ValidationError("static graph: the traced module gives another output")
+    module.train()
 
 
 def _check_widening(standin: Standin, batch: Tensor) -> None:

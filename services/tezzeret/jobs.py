@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +18,10 @@ from services.chassis.errors import EsperError, Reason, not_found
 from services.chassis.files import write_atomically
 
 DEFAULT_TARGET: Final = "cpu"
+_LOG: Final = logging.getLogger(__name__)
 _RETRY_SECONDS: Final = 1.0
+_MAX_ATTEMPTS: Final = 5
+"""A job that was under way that often when the service died is taken for the cause."""
 
 
 class State(enum.StrEnum):
@@ -114,11 +118,11 @@ class JobBook:
         self._queue_limit = queue_limit
         self._keep = keep
         folder.mkdir(parents=True, exist_ok=True)
-        found = [Job.from_json(json.loads(path.read_text())) for path in folder.glob("*.json")]
+        found = [job for path in folder.glob("*.json") if (job := _read(path)) is not None]
         self._jobs = {job.name: job for job in sorted(found, key=lambda job: job.create_time)}
         for job in found:
             if job.state is State.RUNNING:  # by a process that is gone
-                self.put(replace(job, state=State.QUEUED, stage=""))
+                self.put(_interrupted(job))
 
     def jobs(self) -> list[Job]:
         """All jobs, newest first."""
@@ -127,6 +131,10 @@ class JobBook:
     def queued(self) -> list[Job]:
         """Jobs that wait, oldest first."""
         return [job for job in reversed(self.jobs()) if job.state is State.QUEUED]
+
+    def find(self, name: str) -> Job | None:
+        """One job, if it is known."""
+        return self._jobs.get(name)
 
     def get(self, name: str) -> Job:
         """One job.
@@ -142,7 +150,7 @@ class JobBook:
         """The job of a specification, and whether it is to be run: one that failed or was cancelled runs again.
 
         Raises:
-            EsperError: COMPILE_QUEUE_FULL.
+            EsperError: COMPILE_QUEUE_FULL, STORAGE_FULL, STORAGE_FAILED; the job is not created.
         """
         known = self._jobs.get(spec.job_name)
         if known is not None and known.state not in (State.FAILED, State.CANCELLED):
@@ -155,18 +163,43 @@ class JobBook:
         return self.put(Job(spec.job_name, spec, create_time=now(), attempts=attempts)), True
 
     def put(self, job: Job, *, durable: bool = True) -> Job:
-        """Remember a job as it is now; ``durable=False`` for what a crash may forget, like a stage."""
-        self._jobs[job.name] = job
+        """Remember a job as it is now; ``durable=False`` for what a crash may forget, like a stage.
+
+        Raises:
+            EsperError: STORAGE_FULL, STORAGE_FAILED; what was known of the job stays.
+        """
         if durable:
             write_atomically(self._path(job), json.dumps(job.to_json()))
-            self._forget_oldest()
+        self._jobs[job.name] = job
+        if job.state in ENDED:
+            ended = [job for job in self.jobs() if job.state in ENDED]
+            for oldest in ended[self._keep :]:
+                self.forget(oldest)
         return job
 
-    def _forget_oldest(self) -> None:
-        ended = [job for job in self.jobs() if job.state in ENDED]
-        for job in ended[self._keep :]:
-            del self._jobs[job.name]
-            self._path(job).unlink(missing_ok=True)
+    def forget(self, job: Job) -> None:
+        """Know nothing of a job any more."""
+        self._jobs.pop(job.name, None)
+        self._path(job).unlink(missing_ok=True)
 
     def _path(self, job: Job) -> Path:
         return self._folder / f"{job.name.removeprefix('compileJobs/')}.json"
+
+
+def _read(path: Path) -> Job | None:
+    """The job in a file; one that another version wrote or that rotted is left alone, the others are served."""
+    try:
+        return Job.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _LOG.warning("%s is no job that this version reads, it is passed over: %r", path.name, error)
+        return None
+
+
+def _interrupted(job: Job) -> Job:
+    """What becomes of a job that was under way when the service died: it waits again, but not for ever."""
+    if job.attempts < _MAX_ATTEMPTS:
+        return replace(job, state=State.QUEUED, stage="")
+    message = f"the service died {job.attempts} times while the job was under way"
+    return replace(
+        job, state=State.FAILED, error_reason=Reason.WORKER_CRASHED.value, error_message=message, end_time=now()
+    )

@@ -51,10 +51,10 @@ class CompileServicer(CompileServiceServicer):
         spec = _read_spec(request.spec)
 
         async def create() -> tuple[Job, bool]:
-            return self._compiler.create(spec)
+            return await self._compiler.create(spec)
 
         job, created = await self._requests.once("CreateCompileJob", request, create)
-        return pb.CreateCompileJobResponse(job=write_job(self._book.get(job.name)), created=created)
+        return pb.CreateCompileJobResponse(job=write_job(self._book.find(job.name) or job), created=created)
 
     async def GetCompileJob(
         self,
@@ -74,10 +74,12 @@ class CompileServicer(CompileServiceServicer):
         states = set(request.states)
         scope = {"states": sorted(states)}
         size = page_size_of(request.page_size)
-        start = int(decode_token(scope, request.page_token)) if request.page_token else 0
+        # A place in the order, not an offset: jobs that come meanwhile move nothing from one page to the next.
+        after = decode_token(scope, request.page_token) if request.page_token else ""
         jobs = [job for job in self._book.jobs() if not states or _STATES[job.state] in states]
-        token = encode_token(scope, str(start + size)) if len(jobs) > start + size else ""
-        return pb.ListCompileJobsResponse(jobs=map(write_job, jobs[start : start + size]), next_page_token=token)
+        jobs = [job for job in jobs if not after or _place(job) < after]
+        token = encode_token(scope, _place(jobs[size - 1])) if len(jobs) > size else ""
+        return pb.ListCompileJobsResponse(jobs=map(write_job, jobs[:size]), next_page_token=token)
 
     async def CancelCompileJob(
         self,
@@ -120,6 +122,11 @@ class CompileServicer(CompileServiceServicer):
 def change_of(*, created: bool) -> ChangeType.ValueType:
     """How a watch tells of a job."""
     return ChangeType.CHANGE_TYPE_ADDED if created else ChangeType.CHANGE_TYPE_MODIFIED
+
+
+def _place(job: Job) -> str:
+    """Where a job stands in the list, as text that sorts like it; the times have one format and one zone."""
+    return f"{job.create_time} {job.name}"
 
 
 def _read_spec(message: compile_job_pb2.CompileSpec) -> Spec:

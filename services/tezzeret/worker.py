@@ -7,9 +7,12 @@ takes too long, grows too large or dies takes its job with it, never the service
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import resource
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +22,16 @@ from typing import Final
 
 import psutil
 
+from services.blueprints.artifact import MAX_ARTIFACT_BYTES
 from services.blueprints.digest import JsonValue
 from services.blueprints.spec import SpecError
 from services.chassis.errors import EsperError, Reason, reason_named
 
 _POLL_SECONDS: Final = 0.05
+_OPEN_FILES: Final = 256
+_NO_MEMORY: Final = "DefaultCPUAllocator"
+"""What torch's only sign of a failed allocation on a processor, a RuntimeError, has in its text."""
+_PR_SET_PDEATHSIG: Final = 1
 _KERNEL: Final = b"K"
 _MESSAGE: Final = b"M"
 
@@ -45,8 +53,13 @@ def serve(connection: Connection, memory_bytes: int) -> None:
 
     from services.tezzeret.forge import ValidationError, forge
 
+    if sys.platform == "linux":
+        # Between jobs the end of the pipe says that the service is gone; a job under way would only see it at its end.
+        # The parent is the fork server, which leaves when the service does, whatever killed it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)  # niceness comes with the service's process group
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
     # Address space is no measure (torch reserves gigabytes at import); data is what a runaway job would fill.
     resource.setrlimit(resource.RLIMIT_DATA, (2 * memory_bytes, 2 * memory_bytes))
 
@@ -64,7 +77,9 @@ def serve(connection: Connection, memory_bytes: int) -> None:
             say({"reason": Reason.BLUEPRINT_DOES_NOT_FIT.value, "message": str(error)})
         except ValidationError as error:
             say({"reason": Reason.VALIDATION_FAILED.value, "message": str(error)})
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and _NO_MEMORY not in str(error):
+                raise  # nothing foreseen: the process ends, its trace is in the service's log
             say({"reason": Reason.MEMORY_LIMIT.value, "message": "the worker ran out of the memory it may use"})
 
 
@@ -114,9 +129,12 @@ class Worker:
         try:
             connection.send_bytes(json.dumps(request).encode())
             while True:
-                while not connection.poll(_POLL_SECONDS):
-                    self._check(deadline, timeout, cancelled)
-                answer = connection.recv_bytes()
+                self._check(deadline, timeout, cancelled)
+                if not connection.poll(_POLL_SECONDS):
+                    continue
+                answer = connection.recv_bytes(
+                    MAX_ARTIFACT_BYTES + 1
+                )  # the worker is not trusted: no more than a kernel
                 if answer[:1] == _KERNEL:
                     return answer[1:]
                 message = json.loads(answer[1:])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from services.tezzeret.worker import Worker, context
 
+_LOG: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -30,8 +32,10 @@ class Workers:
         return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def warm(self) -> None:
-        """Return when all workers have loaded what they need."""
-        await asyncio.gather(*self._warming)
+        """Return when all workers have loaded what they need; one that could not start is tried again by its jobs."""
+        for failure in await asyncio.gather(*self._warming, return_exceptions=True):
+            if isinstance(failure, Exception):
+                _LOG.warning("a worker did not start: %r", failure)
 
     async def close(self) -> None:
         """End the processes; whatever runs must have been cancelled before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -232,3 +233,61 @@ async def test_urza_may_restart_under_a_job(mesh: LiveMesh) -> None:
     records = [json.loads(path.read_text()) for path in (mesh.run_dir / "state/tezzeret/jobs").glob("*.json")]
     assert len(records) == 5
     assert (mesh.run_dir / "addresses.json").exists()
+
+
+async def test_a_killed_service_leaves_no_worker_behind_even_in_the_middle_of_a_job(mesh: LiveMesh) -> None:
+    widen, branch = await blueprint(mesh, "widen"), await blueprint(mesh, "residual_bottleneck")
+    await ended(mesh, (await create(mesh, wanted(widen, WIDTH), "warm")).name)
+    spec = wanted(branch, Interface(SPAN.kind, (512, 64, 64), (512, 64, 64)))
+    spec.size = 256
+    job = await create(mesh, spec, "long")
+    stub = CompileServiceStub(mesh.channel("tezzeret"))
+    async for item in stub.WatchCompileJobs(pb.WatchCompileJobsRequest(name=job.name)):
+        if item.job.stage == jobs.COMPILE_STAGE_VALIDATING:
+            break
+    before = workers(mesh)
+    assert len(before) >= 2, "the fork server and its worker"
+    mesh.kill("tezzeret")
+    _, alive = await asyncio.to_thread(psutil.wait_procs, before, timeout=5)
+    assert alive == []
+
+
+async def test_pages_neither_repeat_nor_skip_jobs_that_come_meanwhile(mesh: LiveMesh) -> None:
+    widen = await blueprint(mesh, "widen")
+    stub = CompileServiceStub(mesh.channel("tezzeret"))
+    names = [(await create(mesh, wanted(widen, WIDTH, seed=seed), f"r{seed}")).name for seed in range(3)]
+    first = await stub.ListCompileJobs(pb.ListCompileJobsRequest(page_size=2))
+    await create(mesh, wanted(widen, WIDTH, seed=9), "meanwhile")
+    rest = await stub.ListCompileJobs(pb.ListCompileJobsRequest(page_size=2, page_token=first.next_page_token))
+    assert [job.name for job in (*first.jobs, *rest.jobs)] == names[::-1]
+    assert rest.next_page_token == ""
+    await asyncio.gather(*(ended(mesh, name) for name in names))
+
+
+async def test_a_kernel_that_urza_lost_is_compiled_again(mesh: LiveMesh) -> None:
+    widen = await blueprint(mesh, "widen")
+    first = await ended(mesh, (await create(mesh, wanted(widen, WIDTH), "r")).name)
+    shutil.rmtree(mesh.run_dir / "state/urza")
+    mesh.kill("urza")
+    library = BlueprintServiceStub(mesh.channel("urza"))
+    back = await library.GetBlueprint(urza.GetBlueprintRequest(name=widen), wait_for_ready=True, timeout=30)
+    assert back.blueprint.name == widen
+    again = await create(mesh, wanted(widen, WIDTH), "r2")
+    assert again.state != jobs.COMPILE_STATE_SUCCEEDED
+    second = await ended(mesh, again.name)
+    assert (second.name, second.state) == (first.name, jobs.COMPILE_STATE_SUCCEEDED)
+    assert (await library.GetKernel(urza.GetKernelRequest(name=second.kernel.name))).kernel.name == second.kernel.name
+
+
+async def test_while_urza_hangs_a_finished_job_is_given_as_it_is(mesh: LiveMesh) -> None:
+    widen = await blueprint(mesh, "widen")
+    done = await ended(mesh, (await create(mesh, wanted(widen, WIDTH), "r")).name)
+    pid = mesh.supervisor.services["urza"].pid
+    assert pid is not None
+    urza_process = psutil.Process(pid)
+    urza_process.suspend()
+    try:
+        again = await create(mesh, wanted(widen, WIDTH), "r2")
+    finally:
+        urza_process.resume()
+    assert again.kernel == done.kernel

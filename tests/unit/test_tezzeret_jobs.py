@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,3 +93,47 @@ def test_progress_follows_the_stages() -> None:
     assert replace(job, stage=STAGES[0]).progress == 0
     assert 0 < replace(job, stage=STAGES[-1]).progress < 1
     assert replace(job, state=State.SUCCEEDED).progress == 1
+
+
+def test_files_that_are_no_jobs_are_passed_over_and_left_alone(tmp_path: Path) -> None:
+    job, _ = book(tmp_path).create(spec())
+    torn, newer, other = (tmp_path / name for name in ("torn.json", "newer.json", "other.json"))
+    torn.write_text('{"name": ')
+    newer.write_text(json.dumps({**job.to_json(), "priority": 3}))
+    other.write_text("[]")
+    assert [known.name for known in book(tmp_path).jobs()] == [job.name]
+    assert torn.exists()
+    assert newer.exists()
+    assert other.exists()
+
+
+def test_a_job_under_which_the_service_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
+    jobs = book(tmp_path)
+    job, _ = jobs.create(spec())
+    jobs.put(replace(job, state=State.RUNNING, attempts=5))
+    given_up = book(tmp_path).get(job.name)
+    assert given_up.state is State.FAILED
+    assert given_up.error_reason == Reason.WORKER_CRASHED
+    assert "5 times" in given_up.error_message
+    assert book(tmp_path).create(spec())[1]
+
+
+def test_a_job_that_cannot_be_stored_is_not_created(tmp_path: Path) -> None:
+    folder = tmp_path / "jobs"
+    jobs = book(folder)
+    folder.rmdir()
+    with pytest.raises(EsperError) as caught:
+        jobs.create(spec())
+    assert reason_of(caught) is Reason.STORAGE_FAILED
+    assert jobs.jobs() == []
+    folder.mkdir()
+    assert jobs.create(spec())[1]
+
+
+def test_a_forgotten_job_is_gone_from_the_folder_too(tmp_path: Path) -> None:
+    jobs = book(tmp_path)
+    job, _ = jobs.create(spec())
+    jobs.forget(job)
+    jobs.forget(job)
+    assert jobs.find(job.name) is None
+    assert book(tmp_path).jobs() == []

@@ -36,10 +36,12 @@ class CompileServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CompileServiceAsyncStub: ...
     CreateCompileJob: _grpc.UnaryUnaryMultiCallable[_compile_service_pb2.CreateCompileJobRequest, _compile_service_pb2.CreateCompileJobResponse]
-    """Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead.
+    """Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead, unless
+    Urza has lost its kernel: then it runs again.
     Errors: REQUIRED_FIELD, INVALID_FIELD (with the field's path), UNKNOWN_TARGET, COMPILE_QUEUE_FULL,
-    REQUEST_ID_REUSED. Whether blueprint and interface fit is the job's to say: its error has UNKNOWN_BLUEPRINT,
-    BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED, JOB_TIMEOUT or MEMORY_LIMIT.
+    REQUEST_ID_REUSED, STORAGE_FULL, STORAGE_FAILED. Whether blueprint and interface fit is the job's to say: its
+    error has UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED,
+    JOB_TIMEOUT, MEMORY_LIMIT, UNAVAILABLE (Urza was away for too long) or INTERNAL.
     """
     GetCompileJob: _grpc.UnaryUnaryMultiCallable[_compile_service_pb2.GetCompileJobRequest, _compile_service_pb2.GetCompileJobResponse]
     """One job. Errors: COMPILE_JOB_NOT_FOUND."""
@@ -60,10 +62,12 @@ class CompileServiceAsyncStub(CompileServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCompileJob: _aio.UnaryUnaryMultiCallable[_compile_service_pb2.CreateCompileJobRequest, _compile_service_pb2.CreateCompileJobResponse]  # type: ignore[assignment]
-    """Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead.
+    """Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead, unless
+    Urza has lost its kernel: then it runs again.
     Errors: REQUIRED_FIELD, INVALID_FIELD (with the field's path), UNKNOWN_TARGET, COMPILE_QUEUE_FULL,
-    REQUEST_ID_REUSED. Whether blueprint and interface fit is the job's to say: its error has UNKNOWN_BLUEPRINT,
-    BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED, JOB_TIMEOUT or MEMORY_LIMIT.
+    REQUEST_ID_REUSED, STORAGE_FULL, STORAGE_FAILED. Whether blueprint and interface fit is the job's to say: its
+    error has UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED,
+    JOB_TIMEOUT, MEMORY_LIMIT, UNAVAILABLE (Urza was away for too long) or INTERNAL.
     """
     GetCompileJob: _aio.UnaryUnaryMultiCallable[_compile_service_pb2.GetCompileJobRequest, _compile_service_pb2.GetCompileJobResponse]  # type: ignore[assignment]
     """One job. Errors: COMPILE_JOB_NOT_FOUND."""
@@ -87,10 +91,12 @@ class CompileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _compile_service_pb2.CreateCompileJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_compile_service_pb2.CreateCompileJobResponse, _abc.Awaitable[_compile_service_pb2.CreateCompileJobResponse]]:
-        """Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead.
+        """Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead, unless
+        Urza has lost its kernel: then it runs again.
         Errors: REQUIRED_FIELD, INVALID_FIELD (with the field's path), UNKNOWN_TARGET, COMPILE_QUEUE_FULL,
-        REQUEST_ID_REUSED. Whether blueprint and interface fit is the job's to say: its error has UNKNOWN_BLUEPRINT,
-        BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED, JOB_TIMEOUT or MEMORY_LIMIT.
+        REQUEST_ID_REUSED, STORAGE_FULL, STORAGE_FAILED. Whether blueprint and interface fit is the job's to say: its
+        error has UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED,
+        JOB_TIMEOUT, MEMORY_LIMIT, UNAVAILABLE (Urza was away for too long) or INTERNAL.
         """
 
     @_abc_1.abstractmethod
