@@ -11,18 +11,25 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+# Files hold no paths and tuples, only text and lists: these two are made of them.
+FilePath = Annotated[Path, Field(strict=False)]
+Window = Annotated[tuple[float, float], Field(strict=False)]
+Address = Annotated[str, Field(pattern=r"^\S+:\d+$")]
+Width = Annotated[int, Field(ge=1)]
+# A folder's name and a segment of resource names; `latest` is the link to the newest run.
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 FactoryPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
 class Section(BaseModel):
     """A section of the tree: strict about keys and types, immutable once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 _S = TypeVar("_S", bound="Section")
@@ -42,21 +49,30 @@ def _needs_factory(section: _S) -> _S:
 class RunConfig(Section):
     """The run: its name, its seed, its folders."""
 
-    name: str | None = Field(default=None, description="Name of the run; null: <config file>-<time>-<random>.")
+    name: RunName | None = Field(
+        default=None, description="Name of the run and of its folder; null: <config file>-<time>-<random>."
+    )
     seed: int = Field(
         default=0, ge=0, description="Root of all generators: initialisation, data order, augmentation, controller."
     )
-    output_dir: Path = Field(default=Path("runs"), description="Run folders are made under here.")
-    state_dir: Path | None = Field(
+    output_dir: FilePath = Field(default=Path("runs"), description="Run folders are made under here.")
+    state_dir: FilePath | None = Field(
         default=None, description="State of the services that may outlive the run; null: inside the run folder."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_link(cls, name: str | None) -> str | None:
+        if name == "latest":
+            raise ValueError("latest is the link to the newest run")
+        return name
 
 
 class DataConfig(Section):
     """What is learned from."""
 
     name: Literal["digits", "cifar10", "cifar100", "factory"] = Field(default="digits", description="Which data set.")
-    data_dir: Path | None = Field(
+    data_dir: FilePath | None = Field(
         default=None, description="Folder of the official CIFAR files, or passed to the factory."
     )
     factory: FactoryPath | None = Field(
@@ -85,12 +101,12 @@ class ModelConfig(Section):
     factory: FactoryPath | None = Field(
         default=None, description="package.module:callable(input_shape, classes) -> torch.nn.Module, for name: factory."
     )
-    widths: list[int] = Field(
+    widths: list[Width] = Field(
         default_factory=lambda: [8, 16, 24],
         min_length=1,
         description="Channels per group (cnn) or features per hidden layer (mlp).",
     )
-    weights: Path | None = Field(
+    weights: FilePath | None = Field(
         default=None,
         description="Start from this trained checkpoint of the host: .safetensors, or a state dict (weights_only).",
     )
@@ -103,10 +119,10 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """How weights are updated; the schedule is warm-up, then linear decay."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw"] = Field(default="sgd", description="Which rule.")
     learning_rate: float = Field(default=0.1, gt=0, description="Peak rate.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Nesterov momentum (sgd).")
-    weight_decay: float = Field(default=5e-4, ge=0)
+    weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw).")
     warmup_ratio: Ratio = Field(
         default=0.1, description="Share of the schedule for the linear warm-up; then linear decay to 0."
     )
@@ -116,20 +132,24 @@ class OptimizerConfig(Section):
     clip_norm: float | None = Field(
         default=None, gt=0, description="Clip each parameter group's gradient norm; null: never."
     )
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the target's weight spread over all classes; training only."
+    )
 
 
 class TrainingConfig(Section):
     """The training loop."""
 
-    epochs: int = Field(default=30, ge=1)
+    epochs: int = Field(default=30, ge=1, description="Passes over the training set; the length of the schedule.")
     optimizer: OptimizerConfig = OptimizerConfig()
-    device: Literal["cpu", "cuda", "auto"] = "auto"
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        default="auto", description="Where the network is; auto: a GPU where there is one."
+    )
     threads: int = Field(default=1, ge=1, description="Threads of torch in the training process; results depend on it.")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Autocast precision of forward and backward."
     )
-    checkpoint_every_epochs: int = Field(default=1, ge=1)
+    checkpoint_every_epochs: int = Field(default=1, ge=1, description="Epochs between two checkpoints.")
     checkpoint_keep: int = Field(default=5, ge=1, description="Newest checkpoints kept.")
     max_restarts: int = Field(
         default=3, ge=0, description="How often the supervisor resumes a training process that died."
@@ -163,13 +183,11 @@ class EvaluationConfig(Section):
 class GrowthConfig(Section):
     """Whether, when and how far the network grows."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="false: the host is trained as it is.")
     policy: str = Field(
         default="utilization", description="Policy that Tamiyo runs for this run: a name, or policies/<p>@<version>."
     )
-    window: tuple[float, float] = Field(
-        default=(0.05, 0.3), description="Share of the schedule in which decisions are made."
-    )
+    window: Window = Field(default=(0.05, 0.3), description="Share of the schedule in which decisions are made.")
     decisions: int = Field(
         default=3, ge=1, description="Decisions, evenly spread over the window (at epoch boundaries)."
     )
@@ -199,8 +217,12 @@ class GrowthConfig(Section):
     )
     isolation_steps: int = Field(default=100, ge=0, description="Steps a branch learns isolated (TRAINING).")
     blend_steps: int = Field(default=50, ge=1, description="Steps of the alpha ramp of a branch (GRAFTING).")
-    stabilization_steps: int = Field(default=20, ge=0)
-    fine_tuning_steps: int = Field(default=50, ge=0)
+    stabilization_steps: int = Field(
+        default=20, ge=0, description="Steps a blended branch stays frozen while normalisation settles (STABILIZATION)."
+    )
+    fine_tuning_steps: int = Field(
+        default=50, ge=0, description="Steps a branch trains with the host after it was judged (FINE_TUNING)."
+    )
     embargo_epochs: int = Field(default=3, ge=0, description="Epochs a slot rests after a cull.")
     evaluation: EvaluationConfig = EvaluationConfig()
     kernel_cache_bytes: int = Field(default=64 * 2**20, ge=0, description="Bound of Kasmina's kernel cache, bytes.")
@@ -216,7 +238,7 @@ class GrowthConfig(Section):
 class GovernorConfig(Section):
     """What counts as unstable, and what is done about it."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="false: divergence is not looked for.")
     window_steps: int = Field(default=50, ge=10, description="Steps of the running loss statistics.")
     spike_sigmas: float = Field(
         default=8.0, gt=0, description="A loss this many robust deviations above the median of the window is unstable."
@@ -233,12 +255,14 @@ class GovernorConfig(Section):
 class TlsConfig(Section):
     """Certificates of servers and clients (PEM files)."""
 
-    certificate: Path | None = None
-    key: Path | None = None
-    ca: Path | None = Field(
+    certificate: FilePath | None = Field(default=None, description="Certificate chain; null: no TLS.")
+    key: FilePath | None = Field(default=None, description="Private key of the certificate.")
+    ca: FilePath | None = Field(
         default=None, description="Trust root of clients; with require_client_certificate of servers too (mTLS)."
     )
-    require_client_certificate: bool = False
+    require_client_certificate: bool = Field(
+        default=False, description="Servers refuse clients whose certificate ca does not vouch for."
+    )
 
     @model_validator(mode="after")
     def _files_belong_together(self) -> Self:
@@ -252,7 +276,9 @@ class TlsConfig(Section):
 class ServiceConfig(Section):
     """What all services have in common."""
 
-    address: str | None = Field(default=None, description="host:port of a running service; null: train.py starts one.")
+    address: Address | None = Field(
+        default=None, description="host:port of a running service; null: train.py starts one."
+    )
     port: Port = Field(default=0, description="Port to listen on; 0: any free one.")
 
 
@@ -260,7 +286,9 @@ class UrzaConfig(ServiceConfig):
     """Blueprint and kernel library."""
 
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; null: SQLite in the state folder.")
-    artifacts_dir: Path | None = Field(default=None, description="Folder of the artifacts; null: in the state folder.")
+    artifacts_dir: FilePath | None = Field(
+        default=None, description="Folder of the artifacts; null: in the state folder."
+    )
 
 
 class TezzeretConfig(ServiceConfig):
@@ -268,7 +296,7 @@ class TezzeretConfig(ServiceConfig):
 
     workers: int = Field(default=1, ge=1, description="Worker processes.")
     queue_limit: int = Field(default=64, ge=1, description="Jobs waiting; one more is refused.")
-    job_timeout_seconds: PositiveSeconds = 60.0
+    job_timeout_seconds: PositiveSeconds = Field(default=60.0, description="A compile job that takes longer fails.")
     worker_memory_bytes: int = Field(
         default=3 * 2**30, ge=2**28, description="Resident set at which a worker is ended."
     )
@@ -284,17 +312,25 @@ class TamiyoConfig(ServiceConfig):
 class KafkaConfig(Section):
     """The Kafka cluster behind Oona."""
 
-    bootstrap_servers: list[str] = Field(default_factory=lambda: ["127.0.0.1:9092"])
-    topic_prefix: str = Field(default="", description="Put before every topic name, to share a broker.")
-    replication_factor: int = Field(default=1, ge=1)
+    bootstrap_servers: list[Address] = Field(
+        default_factory=lambda: ["127.0.0.1:9092"], min_length=1, description="host:port of some of its brokers."
+    )
+    topic_prefix: str = Field(
+        default="", pattern=r"^[A-Za-z0-9._-]*$", description="Put before every topic name, to share a broker."
+    )
+    replication_factor: int = Field(default=1, ge=1, description="Copies of each topic that Oona creates.")
 
 
 class OonaConfig(ServiceConfig):
     """Event bus."""
 
-    backend: Literal["embedded", "kafka"] = "embedded"
+    backend: Literal["embedded", "kafka"] = Field(
+        default="embedded", description="A durable log in the state folder, or a Kafka cluster."
+    )
     kafka: KafkaConfig = KafkaConfig()
-    partitions: int = Field(default=4, ge=1)
+    partitions: int = Field(
+        default=4, ge=1, le=64, description="Of each topic; order is kept per key, so within one of them."
+    )
     retention_bytes: int = Field(default=256 * 2**20, ge=2**20, description="Embedded log: bytes kept per topic.")
     max_delivery_attempts: int = Field(default=5, ge=1, description="Then an event goes to the dead letters.")
 
@@ -302,13 +338,17 @@ class OonaConfig(ServiceConfig):
 class KasminaConfig(ServiceConfig):
     """Gateway to the execution layer."""
 
-    command_queue_limit: int = Field(default=256, ge=1)
+    command_queue_limit: int = Field(
+        default=256, ge=1, description="Commands of a run that wait for a safe point; one more is refused."
+    )
 
 
 class TolariaConfig(ServiceConfig):
     """Gateway to the training process."""
 
-    command_queue_limit: int = Field(default=256, ge=1)
+    command_queue_limit: int = Field(
+        default=256, ge=1, description="Commands of a run that wait for a safe point; one more is refused."
+    )
 
 
 class ServicesConfig(Section):
@@ -320,7 +360,9 @@ class ServicesConfig(Section):
     )
     insecure: bool = Field(default=False, description="Allow a non-loopback interface without TLS.")
     tls: TlsConfig = TlsConfig()
-    startup_timeout_seconds: PositiveSeconds = 30.0
+    startup_timeout_seconds: PositiveSeconds = Field(
+        default=30.0, description="A service that is not serving by then counts as failed."
+    )
     rpc_timeout_seconds: PositiveSeconds = Field(default=5.0, description="Deadline of a call that names none.")
     max_deadline_seconds: PositiveSeconds = Field(default=3600.0, description="Servers cut longer deadlines to this.")
     max_concurrent_rpcs: int = Field(default=256, ge=1, description="Per server; more are answered RESOURCE_EXHAUSTED.")
@@ -365,7 +407,9 @@ class TelemetryConfig(Section):
         default=None, description="host:port of an OTLP/gRPC collector, for traces: otlp."
     )
     queue_size: int = Field(default=8192, ge=128, description="Spans waiting for export; more are dropped and counted.")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe records that the services and the training process log."
+    )
     event_queue_size: int = Field(
         default=4096,
         ge=16,
@@ -397,3 +441,10 @@ class EsperConfig(Section):
     )
     services: ServicesConfig = ServicesConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    @field_validator("compare")
+    @classmethod
+    def _each_control_once(cls, controls: list[str]) -> list[str]:
+        if len(set(controls)) < len(controls):
+            raise ValueError("a control is named twice")
+        return controls
