@@ -50,19 +50,18 @@ class Link(Generic[_C]):
     async def commands(self, draining: asyncio.Event, ended: asyncio.Future[None]) -> AsyncGenerator[_C, None]:
         """Commands as they come, until the link is replaced, the server drains or the reading side has ended."""
         stops: list[asyncio.Future[Any]] = [asyncio.ensure_future(event.wait()) for event in (draining, self._replaced)]
-        coming: asyncio.Future[_C] | None = None
+        coming = asyncio.ensure_future(self._outbox.get())
         try:
             while True:
-                coming = asyncio.ensure_future(self._outbox.get())
                 events: list[asyncio.Future[Any]] = [coming, ended, *stops]
                 done, _ = await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
                 if done - {coming}:  # what was on its way is in the ledger, for whoever attaches next
                     return
                 yield coming.result()
+                coming = asyncio.ensure_future(self._outbox.get())
         finally:
             for pending in (*stops, coming):
-                if pending is not None:
-                    pending.cancel()
+                pending.cancel()
 
 
 class LinkRegistry(Generic[_C]):

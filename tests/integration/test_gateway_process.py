@@ -307,6 +307,21 @@ async def test_a_cut_keeps_commands_for_the_process_that_comes_back(channels: di
     newer.cancel()
 
 
+async def test_a_rollback_names_its_checkpoint_or_takes_the_newest(channels: dict[str, Any], run: str) -> None:
+    stub: Any = TrainingServiceStub(channels["tolaria"])
+    call = await attach_training(channels["tolaria"], told(run))
+    for checkpoint in ("", f"{run}/checkpoints/7"):
+        request = tolaria.RollbackRequest(run=run, checkpoint=checkpoint, request_id=new_id(), reason="it diverged")
+        waiting = asyncio.ensure_future(stub.Rollback(request, timeout=_SECONDS))
+        command = (await call.read()).command
+        assert (command.kind, command.checkpoint) == (training.RUN_COMMAND_KIND_ROLLBACK, checkpoint)
+        assert (command.command_id, command.reason) == (request.request_id, "it diverged")
+        back = training.RunCommandResult(command_id=command.command_id, run=told(run, step=7))
+        await call.write(training.AttachRequest(result=back))
+        assert (await waiting).run.step == 7
+    call.cancel()
+
+
 async def test_a_link_tells_of_its_own_run_only(channels: dict[str, Any], run: str) -> None:
     stub: Any = TrainingServiceStub(channels["tolaria"])
     result = training.RunCommandResult(command_id="c", run=told("runs/stranger"))
