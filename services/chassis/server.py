@@ -32,6 +32,8 @@ _OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+    # On a busy machine pings bunch up: a client that keeps to its interval must not lose its streams for that.
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     # A dead peer (power, network) is noticed although it never said good-bye.
     ("grpc.keepalive_time_ms", 30_000),
