@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from itertools import islice
 from typing import Any, Final, TypeVar, cast
 
 from google.protobuf.message import Message
@@ -22,7 +23,9 @@ def digest_of(message: Message) -> str:
 
 
 class RequestCache:
-    """Answers by (method, request id), of one process; the oldest go beyond ``entries``. One event loop only.
+    """Answers by (method, request id), of one process. One event loop only.
+
+    Beyond ``entries`` the answers that were not asked for longest go; work under way stays, however many there are.
 
     Two calls with one id at once run once. A failure is not kept, so that it may be tried again. Where an answer has
     to survive a restart the component keeps it itself.
@@ -53,18 +56,22 @@ class RequestCache:
                     f"request_id {request_id!r} was used for another request: choose a new one",
                     reason=Reason.REQUEST_ID_REUSED,
                 )
+            self._answers.move_to_end(key)
             return cast(_T, await asyncio.shield(known[1]))
         answer = asyncio.ensure_future(_call(work))
         self._answers[key] = (digest, answer)
-        while len(self._answers) > self._entries:
-            self._answers.popitem(last=False)
-        answer.add_done_callback(lambda done: self._forget_failure(key, done))
+        answer.add_done_callback(lambda done: self._keep(key, done))
         # Shielded: a caller that hangs up must not undo the work for one that asks again.
         return await asyncio.shield(answer)
 
-    def _forget_failure(self, key: tuple[str, str], answer: asyncio.Future[Any]) -> None:
+    def _keep(self, key: tuple[str, str], answer: asyncio.Future[Any]) -> None:
         if answer.cancelled() or answer.exception() is not None:
-            self._answers.pop(key, None)
+            del self._answers[key]
+            return
+        # Done answers beyond the bound; what is under way would be done twice if it were asked for again.
+        done = (known for known, (_, future) in self._answers.items() if future.done())
+        for old in list(islice(done, max(0, len(self._answers) - self._entries))):
+            del self._answers[old]
 
 
 async def _call(work: Callable[[], Awaitable[_T]]) -> _T:
