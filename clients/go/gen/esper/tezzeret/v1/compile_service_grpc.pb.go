@@ -36,10 +36,12 @@ const (
 // Called by Tolaria when Urza has no kernel for a plan, and by people who want kernels ahead of need. Jobs run in
 // sandboxed worker processes, never in a training process; nothing ever waits for them but who watches.
 type CompileServiceClient interface {
-	// Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead.
+	// Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead, unless
+	// Urza has lost its kernel: then it runs again.
 	// Errors: REQUIRED_FIELD, INVALID_FIELD (with the field's path), UNKNOWN_TARGET, COMPILE_QUEUE_FULL,
-	// REQUEST_ID_REUSED. Whether blueprint and interface fit is the job's to say: its error has UNKNOWN_BLUEPRINT,
-	// BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED, JOB_TIMEOUT or MEMORY_LIMIT.
+	// REQUEST_ID_REUSED, STORAGE_FULL, STORAGE_FAILED. Whether blueprint and interface fit is the job's to say: its
+	// error has UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED,
+	// JOB_TIMEOUT, MEMORY_LIMIT, UNAVAILABLE (Urza was away for too long) or INTERNAL.
 	CreateCompileJob(ctx context.Context, in *CreateCompileJobRequest, opts ...grpc.CallOption) (*CreateCompileJobResponse, error)
 	// One job. Errors: COMPILE_JOB_NOT_FOUND.
 	GetCompileJob(ctx context.Context, in *GetCompileJobRequest, opts ...grpc.CallOption) (*GetCompileJobResponse, error)
@@ -137,10 +139,12 @@ func (c *compileServiceClient) ListTargets(ctx context.Context, in *ListTargetsR
 // Called by Tolaria when Urza has no kernel for a plan, and by people who want kernels ahead of need. Jobs run in
 // sandboxed worker processes, never in a training process; nothing ever waits for them but who watches.
 type CompileServiceServer interface {
-	// Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead.
+	// Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead, unless
+	// Urza has lost its kernel: then it runs again.
 	// Errors: REQUIRED_FIELD, INVALID_FIELD (with the field's path), UNKNOWN_TARGET, COMPILE_QUEUE_FULL,
-	// REQUEST_ID_REUSED. Whether blueprint and interface fit is the job's to say: its error has UNKNOWN_BLUEPRINT,
-	// BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED, JOB_TIMEOUT or MEMORY_LIMIT.
+	// REQUEST_ID_REUSED, STORAGE_FULL, STORAGE_FAILED. Whether blueprint and interface fit is the job's to say: its
+	// error has UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED,
+	// JOB_TIMEOUT, MEMORY_LIMIT, UNAVAILABLE (Urza was away for too long) or INTERNAL.
 	CreateCompileJob(context.Context, *CreateCompileJobRequest) (*CreateCompileJobResponse, error)
 	// One job. Errors: COMPILE_JOB_NOT_FOUND.
 	GetCompileJob(context.Context, *GetCompileJobRequest) (*GetCompileJobResponse, error)

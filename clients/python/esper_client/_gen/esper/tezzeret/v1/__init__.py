@@ -568,10 +568,12 @@ class CompileServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "CreateCompileJobResponse":
         """
-        Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead.
+        Queues a job and returns it at once; an equal job that is queued, running or succeeded is returned instead, unless
+        Urza has lost its kernel: then it runs again.
         Errors: REQUIRED_FIELD, INVALID_FIELD (with the field's path), UNKNOWN_TARGET, COMPILE_QUEUE_FULL,
-        REQUEST_ID_REUSED. Whether blueprint and interface fit is the job's to say: its error has UNKNOWN_BLUEPRINT,
-        BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED, JOB_TIMEOUT or MEMORY_LIMIT.
+        REQUEST_ID_REUSED, STORAGE_FULL, STORAGE_FAILED. Whether blueprint and interface fit is the job's to say: its
+        error has UNKNOWN_BLUEPRINT, BLUEPRINT_INVALID, BLUEPRINT_DOES_NOT_FIT, VALIDATION_FAILED, WORKER_CRASHED,
+        JOB_TIMEOUT, MEMORY_LIMIT, UNAVAILABLE (Urza was away for too long) or INTERNAL.
         """
 
         return await self._unary_unary(
