@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 import grpc
 import grpc.aio
@@ -168,10 +168,8 @@ class KernelSource:
         try:
             async for received in subscriber:
                 with received.handling():
-                    payload = received.payload
-                    if isinstance(payload, (events_pb2.KernelReady, events_pb2.CompileFailed)):
-                        ended = self._ended.get(payload.compile_job)
-                        if ended is not None:
-                            ended.set()
+                    # The topic has two types of payload; both name the job. Most jobs are other runs'.
+                    job = cast("events_pb2.KernelReady | events_pb2.CompileFailed", received.payload).compile_job
+                    self._ended.get(job, asyncio.Event()).set()
         except EsperError as error:
             _LOG.warning("no events of compile jobs: %s", error)

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Final, Self
@@ -27,6 +28,7 @@ _FORMAT: Final = "format.json"
 _CONFIG: Final = "config.yaml"
 _LOCK: Final = "run.lock"
 LATEST: Final = "latest"
+_NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]+")
 _INNER: Final = ("logs", "traces", "checkpoints")
 
 
@@ -66,6 +68,8 @@ class RunFolder:
         Raises:
             EsperError: RUN_FOLDER_INVALID when a run of this name exists; STORAGE_FULL, STORAGE_FAILED.
         """
+        # The name is part of resource names: whatever a file is called, it holds no spaces or slashes.
+        stem = _NO_NAME.sub("-", stem)
         name = config.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{new_id()[-4:]}"
         path = config.run.output_dir.absolute() / name
         try:
@@ -78,7 +82,7 @@ class RunFolder:
         except OSError as error:
             raise storage_error(path, error) from error
         write_atomically(path / _FORMAT, json.dumps({"format_version": FORMAT_VERSION}) + "\n")
-        write_atomically(path / _CONFIG, dump(config))
+        write_atomically(path / _CONFIG, dump(config), mode=0o600)  # database URLs hold passwords
         return cls(path)
 
     @classmethod

@@ -188,7 +188,7 @@ def config_of(**sections: Any) -> EsperConfig:
         "growth": {"window": [0.1, 0.6], "decisions": 2, "health_samples": 128, "evaluation": {"min_epochs": 1}},
     }
     for name, section in sections.items():
-        base[name] = {**base.get(name, {}), **section}
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
     return EsperConfig.model_validate(base)
 
 

@@ -25,8 +25,9 @@ def reason(error: pytest.ExceptionInfo[EsperError]) -> Reason:
 
 def test_a_new_folder_holds_its_configuration(tmp_path: Path) -> None:
     wanted = config(tmp_path / "runs", "training.epochs=3")
-    folder = RunFolder.create(wanted, stem="quickstart")
-    assert folder.run_id.startswith("quickstart-")
+    folder = RunFolder.create(wanted, stem="quick start")
+    assert folder.run_id.startswith("quick-start-")
+    assert (folder.path / "config.yaml").stat().st_mode & 0o777 == 0o600
     assert folder.config() == wanted
     assert json.loads((folder.path / "format.json").read_text()) == {"format_version": FORMAT_VERSION}
     assert all((folder.path / inner).is_dir() for inner in ("logs", "traces", "checkpoints"))

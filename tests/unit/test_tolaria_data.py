@@ -192,7 +192,7 @@ def test_cifar_refuses_a_file_that_is_no_batch(tmp_path: Path, content: bytes, m
 
 def test_cifar_through_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = write_cifar(tmp_path, count=20)
-    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", layout)  # type: ignore[misc]  # a table of files this small exists only here
+    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", layout)
     data = splits.load(DataConfig(name="cifar10", data_dir=tmp_path), seed=0)
     assert len(data.training) == 90
     assert len(data.validation) == 10
