@@ -34,7 +34,13 @@ part() {
 # Well within CI's own limit, so that a hang is reported by us.
 limited() { ESPER_TEST_RUN=$ESPER_TEST_RUN timeout --signal=INT --kill-after=120 40m "$@"; }
 
-covered() { limited "$python" -m coverage run -m pytest --durations=15 "$@"; }
+# What fails is run once more, alone and said so: whole systems on a machine that is busy with something else miss
+# deadlines that are theirs to keep. Twice in a row is a failure.
+covered() {
+    limited "$python" -m coverage run -m pytest --durations=15 "$@" && return 0
+    echo "== FLAKY OR BROKEN: what failed, once more and alone"
+    limited "$python" -m coverage run -m pytest --last-failed --last-failed-no-failures=none "$@"
+}
 
 coverage_report() {
     # Parts left by processes that ended in order; one that was killed leaves none.
