@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -18,9 +19,10 @@ from services.blueprints.spec import Blueprint, Interface
 from services.chassis import telemetry
 from services.chassis.config.schema import TelemetryConfig
 from services.chassis.errors import EsperError, Reason
+from services.tezzeret import compiler
 from services.tezzeret.compiler import Compiler, SignedKernel
 from services.tezzeret.jobs import ENDED, Job, JobBook, Spec, State
-from services.tezzeret.worker import CancelledJobError, Worker, context
+from services.tezzeret.worker import CancelledJobError, Worker, context, serve
 from services.tezzeret.workers import Workers
 from tests.infrastructure.kernels import signed_kernel
 from tests.support.interfaces import SPAN, WIDTH, builtin
@@ -278,3 +280,29 @@ def test_memory_that_is_refused_at_once_is_the_memory_limit_and_the_worker_lives
         assert caught.value.reason is Reason.WORKER_CRASHED
     finally:
         worker.close()
+
+
+def test_a_worker_answers_every_order_and_ends_in_order_with_its_pipe() -> None:
+    forkserver = context()
+    ours, theirs = forkserver.Pipe()
+    process = forkserver.Process(target=serve, args=(theirs, _GIB))
+    process.start()
+    theirs.close()
+    endings = []
+    for request in (order(SPAN, 2), order(HUGE, 8192), order(SPAN, 0)):
+        ours.send_bytes(json.dumps(request).encode())
+        answer = ours.recv_bytes()
+        while answer[:1] == b"M" and "stage" in json.loads(answer[1:]):
+            answer = ours.recv_bytes()
+        endings.append("kernel" if answer[:1] == b"K" else json.loads(answer[1:])["reason"])
+    ours.close()
+    process.join(30)
+    assert endings == ["kernel", Reason.MEMORY_LIMIT, Reason.BLUEPRINT_DOES_NOT_FIT]
+    assert process.exitcode == 0
+
+
+async def test_patience_with_a_library_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_PATIENCE_SECONDS", 0.0)
+    bench.library.away = 10**6
+    failed = await bench.end(small())
+    assert (failed.state, failed.error_reason) == (State.FAILED, Reason.UNAVAILABLE)
