@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,13 @@ def test_a_full_database_is_told_apart_and_loses_nothing(tmp_path: Path) -> None
     assert PolicyRegistry(full).versions() == before
     assert full.setting("key") is None
     full.close()
+
+
+def test_a_closed_window_is_a_decision_too(store: Store) -> None:
+    maker = DecisionMaker(store, PolicyRegistry(store))
+    late = replace(_SEEN, progress=0.9)
+    decision, new = maker.decide(late, "policies/uniform", request_id="late", digest="d", request_digest="d")
+    assert new
+    assert not decision.plan.changes
+    assert "has closed" in decision.plan.explanation
+    assert maker.get(decision.name) == decision
