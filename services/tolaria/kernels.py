@@ -96,7 +96,9 @@ class KernelSource:
                 kernel = await self._resolve(target)
                 if kernel is None:
                     await self._compile(target)
-                    continue
+                    kernel = await self._resolve(target)
+                if kernel is None:
+                    raise KernelUnavailableError("Urza has no validated kernel although its compile job succeeded")
                 return await self.download(kernel.name)
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _AWAY:
@@ -129,9 +131,7 @@ class KernelSource:
             target=TARGET,
         )
         # Content decides which job it is; the id only has to be ours and the same for the same wish.
-        request = compile_service_pb2.CreateCompileJobRequest(
-            spec=spec, request_id=f"{self._run}/{target.blueprint.id}/{target.size}/{target.init_seed}"
-        )
+        request = compile_service_pb2.CreateCompileJobRequest(spec=spec, request_id=f"{self._run}/{digest_of(spec)}")
         job = (await self._tezzeret.CreateCompileJob(request, timeout=_CALL_SECONDS)).job
         ended = self._ended.setdefault(job.name, asyncio.Event())
         try:
