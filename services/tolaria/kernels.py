@@ -25,6 +25,7 @@ from services.blueprints.spec import Blueprint
 from services.blueprints.wire import blueprint_from_spec, interface_to_proto
 from services.chassis.errors import EsperError, Reason, from_rpc_error
 from services.chassis.events import EventSubscriber
+from services.chassis.idempotency import digest_of
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.ports import KernelFile, KernelTarget, KernelUnavailableError
 
