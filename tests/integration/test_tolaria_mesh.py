@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -354,7 +355,10 @@ def test_a_command_that_is_passed_on_again_is_one_command(mesh: MeshClient) -> N
     mesh._from_tolaria(message)
     (command,) = mesh.commands()
     mesh.answer(CommandResult(command=command, step=1))
+    taken = threading.Event()
     mesh._loop.call_soon_threadsafe(mesh._from_tolaria, message)
+    mesh._loop.call_soon_threadsafe(taken.set)
+    assert taken.wait(SECONDS)
     until(lambda: "result/z" not in mesh._tolaria._waiting, "it is answered again")
     assert mesh.commands() == ()
     for number in range(5000):
