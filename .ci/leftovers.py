@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return 2
     run_id, deadline = arguments[0], time.monotonic() + float(arguments[1] if len(arguments) == 2 else 10)
     while (left := of_run(run_id)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.1)  # they are not our children: nothing tells us when they end
     for process, command in left.items():
         print(f"leftovers: process {process} outlived the tests: {command[:200]}")
         with contextlib.suppress(ProcessLookupError):
