@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 import sqlalchemy as sa
 
 from services.chassis.errors import EsperError, Reason
+from services.chassis.sqlite import make_durable
 
 Document: TypeAlias = Mapping[str, Any]
 
@@ -71,7 +72,7 @@ class Store:
             self._engine = sa.create_engine(url, pool_pre_ping=True)
             self._decision_limit = decision_limit
             if self._engine.dialect.name == "sqlite":
-                sa.event.listen(self._engine, "connect", _durable)
+                sa.event.listen(self._engine, "connect", _prepare_sqlite)
             _METADATA.create_all(self._engine)
 
     def close(self) -> None:
@@ -189,9 +190,5 @@ def _translated() -> Iterator[None]:
         raise EsperError(f"the policies' database: {detail}", reason=Reason.UNAVAILABLE, retry_after=1.0) from error
 
 
-def _durable(connection: Any, record: object) -> None:
-    """Write-ahead log with a sync at every commit: readers never wait, and what was answered survives a kill."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    make_durable(connection)

@@ -17,6 +17,7 @@ from services.blueprints.artifact import Characterization
 from services.blueprints.digest import canonical_json
 from services.blueprints.spec import Blueprint, Interface
 from services.chassis.errors import EsperError, Reason, invalid
+from services.chassis.sqlite import make_durable
 from services.urza.metadata import BlueprintQuery, Cursor, KernelQuery
 from services.urza.records import (
     BlueprintRecord,
@@ -297,9 +298,9 @@ def _translated() -> Iterator[None]:
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves: the driver's own way splits transactions around DDL
+    make_durable(connection)
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
+    cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 
 
