@@ -514,8 +514,8 @@ class GrowthEngine:
     ) -> list[SeedTransition]:
         """Judge a seed by its counterfactual.
 
-        An interval at or above the threshold goes on, one below zero is culled, anything between (and no measurement)
-        is measured once more and then culled.
+        An interval above the threshold goes on, one below zero is culled, anything between (and no measurement) is
+        measured once more and then culled. With a threshold of zero, a seed without any effect on the sample goes.
 
         Raises:
             UnknownSeedError: There is no such seed.
@@ -529,7 +529,7 @@ class GrowthEngine:
         self._update(seed_id, contribution=contribution or record.contribution, measurements=measurements)
         if contribution is not None:
             worth = f"{contribution.points:+.2f} points [{contribution.low:+.2f}, {contribution.high:+.2f}]"
-            if contribution.low >= self._settings.evaluation.threshold and math.isfinite(contribution.low):
+            if contribution.low > self._settings.evaluation.threshold and math.isfinite(contribution.low):
                 return [self._advance(seed_id, step, f"worth {worth}")]
             if contribution.high < 0.0:
                 return [self._leave(seed_id, SeedState.CULLED, step, f"harmful: {worth}")]

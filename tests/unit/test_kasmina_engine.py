@@ -258,7 +258,8 @@ def test_own_losses_add_up_and_may_be_the_users() -> None:
 
 
 GATES = [
-    (worth(0.0, 2.0), ["FOSSILIZED"]),
+    (worth(0.01, 2.0), ["FOSSILIZED"]),
+    (worth(0.0, 0.0), []),
     (worth(-3.0, -0.1), ["CULLED"]),
     (worth(-1.0, 1.0), []),
     (None, []),

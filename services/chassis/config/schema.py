@@ -173,7 +173,8 @@ class EvaluationConfig(Section):
     """How the worth of a seed is judged."""
 
     threshold: float = Field(
-        default=0.0, description="Contribution (points of validation accuracy) at or above which a seed stays."
+        default=0.0,
+        description="A seed stays if the whole interval of its contribution (points of validation accuracy) lies above.",
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Of the interval around a contribution.")
     min_epochs: int = Field(default=2, ge=0, description="Epochs between grafting and the first counterfactual.")
