@@ -510,12 +510,29 @@ class GrowthEngine:
             yield
 
     def record_contribution(
-        self, seed_id: str, contribution: Contribution | None, *, step: int, epoch: int
+        self,
+        seed_id: str,
+        contribution: Contribution | None,
+        *,
+        step: int,
+        epoch: int,
+        plan: Contribution | None = None,
     ) -> list[SeedTransition]:
         """Judge a seed by its counterfactual.
 
         An interval above the threshold goes on, one below zero is culled, anything between (and no measurement) is
-        measured once more and then culled. With a threshold of zero, a seed without any effect on the sample goes.
+        measured once more. A seed that is doubtful even then goes on if it did good on the sample and its plan as a
+        whole lies above the threshold, else it is culled: many small widenings are each within the noise of a
+        validation set that proves their sum, and taking them out one by one ruins the network. With a threshold of
+        zero, a seed without any effect on the sample goes.
+
+        Args:
+            seed_id: Which seed.
+            contribution: What it is worth; ``None``: could not be measured.
+            step: Steps made so far.
+            epoch: Finished epochs.
+            plan: What it is worth together with the other seeds of its decision; the first one counts, later there
+                may be fewer left. ``None``: not measured.
 
         Raises:
             UnknownSeedError: There is no such seed.
@@ -526,18 +543,31 @@ class GrowthEngine:
         if record.state not in {SeedState.EVALUATING, SeedState.FINE_TUNING}:
             raise IllegalTransitionError(record.state, SeedState.FOSSILIZED, "; it is not being evaluated")
         measurements = record.measurements + 1
-        self._update(seed_id, contribution=contribution or record.contribution, measurements=measurements)
+        plan = record.plan_contribution or plan
+        self._update(
+            seed_id,
+            contribution=contribution or record.contribution,
+            plan_contribution=plan,
+            measurements=measurements,
+        )
         if contribution is not None:
-            worth = f"{contribution.points:+.2f} points [{contribution.low:+.2f}, {contribution.high:+.2f}]"
-            if contribution.low > self._settings.evaluation.threshold and math.isfinite(contribution.low):
+            worth = _in_words(contribution)
+            if self._proven(contribution):
                 return [self._advance(seed_id, step, f"worth {worth}")]
             if contribution.high < 0.0:
                 return [self._leave(seed_id, SeedState.CULLED, step, f"harmful: {worth}")]
         else:
             worth = "unmeasured"
         if measurements >= 2:
+            did_good = contribution is not None and contribution.points > 0.0
+            if did_good and self._settings.evaluation.doubtful == "plan" and plan is not None and self._proven(plan):
+                reason = f"worth {worth} alone, within the noise; its plan is worth {_in_words(plan)}"
+                return [self._advance(seed_id, step, reason)]
             return [self._leave(seed_id, SeedState.CULLED, step, f"no proven worth after two measurements: {worth}")]
         return []
+
+    def _proven(self, contribution: Contribution) -> bool:
+        return contribution.low > self._settings.evaluation.threshold and math.isfinite(contribution.low)
 
     def _fossilize(self, seed_id: str, step: int, reason: str) -> SeedTransition:
         record = self._records[seed_id]
@@ -758,6 +788,10 @@ class GrowthEngine:
         self._update(seed_id, state=state, state_step=step, measurements=0, reason=reason, **changes)
         self._history.append(transition)
         return transition
+
+
+def _in_words(worth: Contribution) -> str:
+    return f"{worth.points:+.2f} points [{worth.low:+.2f}, {worth.high:+.2f}]"
 
 
 def _check_family(family: str, interface: Interface, size: int) -> None:

@@ -160,6 +160,8 @@ class SeedRecord:
         state_step: Step at which it entered its state.
         measurements: Counterfactuals taken in its present state.
         contribution: Last counterfactual; ``None`` while unmeasured.
+        plan_contribution: Counterfactual of all seeds of its decision together, from when the first was judged;
+            ``None`` if it was alone.
         alpha: Its share of the forward pass, 0..1.
         parameters: Parameters it added.
         flops: Forward FLOPs per sample it added.
@@ -184,6 +186,7 @@ class SeedRecord:
     state_step: int = 0
     measurements: int = 0
     contribution: Contribution | None = None
+    plan_contribution: Contribution | None = None
     alpha: float = 0.0
     parameters: int = 0
     flops: int = 0

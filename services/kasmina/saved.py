@@ -115,11 +115,17 @@ class SavedTopology:
 
 
 def _record(item: Mapping[str, Any]) -> SeedRecord:
-    contribution, outcome = item["contribution"], item["outcome"]
+    outcome = item["outcome"]
     fields = {
         **item,
         "state": SeedState(item["state"]),
         "outcome": None if outcome is None else SeedState(outcome),
-        "contribution": None if contribution is None else Contribution(**contribution),
+        "contribution": _contribution(item["contribution"]),
+        # States saved before plans were judged have none.
+        "plan_contribution": _contribution(item.get("plan_contribution")),
     }
     return SeedRecord(**fields)
+
+
+def _contribution(item: Mapping[str, Any] | None) -> Contribution | None:
+    return None if item is None else Contribution(**item)

@@ -40,6 +40,8 @@ from services.tolaria.ports import (
 from services.tolaria.seeds import derive
 
 _LOG: Final = logging.getLogger(__name__)
+#: What each group of seeds is worth together, on the network as it is.
+Measure = Callable[[Sequence[Sequence[str]]], list[Contribution]]
 #: Longest wait for one kernel under growth.wait_for_kernel, seconds.
 _KERNEL_WAIT_SECONDS: Final = 120.0
 
@@ -380,20 +382,31 @@ class AdaptationCoordinator:
         """Seeds under way: neither fossilized nor gone."""
         return [record for record in self.engine.seeds() if record.state in ALIVE]
 
-    def evaluate_due(
-        self, epoch: int, step: int, measure: Callable[[Sequence[str]], Mapping[str, Contribution]]
-    ) -> bool:
-        """Measure each seed that is due and let the engine judge; True if the network changed.
+    def evaluate_due(self, epoch: int, step: int, measure: Measure) -> bool:
+        """Measure each seed that is due and let the engine judge; True if the network changed."""
+        return self.follow(self._judge(self.engine.due_for_evaluation(epoch), epoch, step, measure), epoch)
+
+    def _judge(self, seeds: Sequence[str], epoch: int, step: int, measure: Measure) -> list[SeedTransition]:
+        """Measure each of these seeds alone, and those of one decision together.
 
         All are measured before any is judged: on the same network, so that each can be judged alone.
         """
-        due = list(self.engine.due_for_evaluation(epoch))
+        if not seeds:
+            return []
+        fresh = [seed for seed in seeds if self.engine.seed(seed).plan_contribution is None]
+        plans: dict[str, list[str]] = {}
+        for seed in fresh:
+            plans.setdefault(self._story.origins[seed], []).append(seed)
+        plans = {origin: plan for origin, plan in plans.items() if len(plan) > 1}
+        worths = measure([*([seed] for seed in seeds), *plans.values()])
+        together = dict(zip(plans, worths[len(seeds) :], strict=True))
         transitions: list[SeedTransition] = []
-        for seed, worth in (measure(due) if due else {}).items():
-            transitions += self.engine.record_contribution(seed, worth, step=step, epoch=epoch)
-        return self.follow(transitions, epoch)
+        for seed, worth in zip(seeds, worths[: len(seeds)], strict=True):
+            plan = together.get(self._story.origins[seed])
+            transitions += self.engine.record_contribution(seed, worth, step=step, epoch=epoch, plan=plan)
+        return transitions
 
-    def finish(self, epoch: int, step: int, measure: Callable[[Sequence[str]], Mapping[str, Contribution]]) -> None:
+    def finish(self, epoch: int, step: int, measure: Measure) -> None:
         """The schedule is over: judge what can be judged now and remove the rest, so that no seed is left half-way."""
         transitions: list[SeedTransition] = []
         for record in self.alive():
@@ -403,10 +416,7 @@ class AdaptationCoordinator:
         # Twice, because a doubtful seed is measured once more before it is culled.
         for _ in range(2):
             evaluating = [record.seed for record in self.alive() if record.state is SeedState.EVALUATING]
-            transitions = []
-            for seed, worth in (measure(evaluating) if evaluating else {}).items():
-                transitions += self.engine.record_contribution(seed, worth, step=step, epoch=epoch)
-            self.follow(transitions, epoch)
+            self.follow(self._judge(evaluating, epoch, step, measure), epoch)
         for record in self.alive():
             self.follow(
                 self.engine.cull(record.seed, mode="remove", step=step, reason="the run ended before it was settled"),

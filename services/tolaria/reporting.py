@@ -243,7 +243,8 @@ class RunReporter:
             contribution=worth,
         )
         self._progress.write(message)
-        self._event("transition", **{key: value for key, value in asdict(message).items() if key != "kind"})
+        told = {key: value for key, value in asdict(message).items() if key != "kind"}
+        self._event("transition", **told, plan_contribution=contribution_json(record.plan_contribution))
 
     def ended(self, record: SeedRecord, decision: str) -> None:
         """A seed's life is over."""

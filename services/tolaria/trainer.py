@@ -336,16 +336,17 @@ class TolariaTrainer:
         self.account.growth_flops += self.health.flops
         self.reporter.measured(self.health, epoch)
 
-    def _measure_contributions(self, seeds: Sequence[str]) -> Mapping[str, Contribution]:
-        """The worth of each of ``seeds`` alone: the same weights and images with it and without it."""
+    def _measure_contributions(self, groups: Sequence[Sequence[str]]) -> list[Contribution]:
+        """The worth of each group of seeds: the same weights and images with all of it and with none of it."""
         whole = self._evaluate()
         self.account.growth_flops += whole.flops
-        found: dict[str, Contribution] = {}
-        for seed in seeds:
-            with self.telemetry.span("measure contribution", {"esper.seed": seed}), self.engine.without([seed]):
+        found: list[Contribution] = []
+        for seeds in groups:
+            span = self.telemetry.span("measure contribution", {"esper.seeds": list(seeds)})
+            with span, self.engine.without(seeds):
                 without = self._evaluate()
             self.account.growth_flops += without.flops
-            found[seed] = contribution(whole, without, self.config.growth.evaluation.confidence)
+            found.append(contribution(whole, without, self.config.growth.evaluation.confidence))
         return found
 
     def _evaluate(self) -> Evaluation:

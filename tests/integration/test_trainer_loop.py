@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def test_a_plan_is_grafted_judged_and_fossilized(tmp_path: Path) -> None:
     records = trainer.engine.seeds()
     assert [record.state for record in records] == [SeedState.FOSSILIZED] * 2
     assert all(record.contribution is not None for record in records)
+    # Measured together, too: once for both.
+    together = [record.plan_contribution for record in records]
+    assert together[0] is not None
+    assert together[0] == together[1]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    told = [line["plan_contribution"] for line in events if line.get("to_state") == "FOSSILIZED"]
+    assert told == [asdict(together[0])] * 2
     # Applied together: at one step, at a safe point after the decision.
     assert len({record.birth_step for record in records}) == 1
     assert result.parameters > host_parameters

@@ -20,7 +20,7 @@ from services.kasmina.errors import (
     UnknownSlotError,
 )
 from services.kasmina.lifecycle import IllegalTransitionError, SeedState
-from services.kasmina.model import SeedTransition, SlotOccupancy
+from services.kasmina.model import Contribution, SeedTransition, SlotOccupancy
 from tests.support.growth import (
     BRANCH,
     WIDEN,
@@ -266,6 +266,28 @@ GATES = [
     (worth(math.nan, math.nan), []),
     (worth(-math.inf, math.inf), []),
 ]
+
+
+DOUBTFUL = [
+    # alone, with its plan, which rule, what becomes of it
+    (worth(-1.0, 3.0), worth(2.0, 9.0), "plan", "FOSSILIZED"),
+    (worth(-1.0, 3.0), worth(-0.5, 9.0), "plan", "CULLED"),
+    (worth(-3.0, 1.0), worth(2.0, 9.0), "plan", "CULLED"),
+    (worth(0.0, 0.0), worth(2.0, 9.0), "plan", "CULLED"),
+    (None, worth(2.0, 9.0), "plan", "CULLED"),
+    (worth(-1.0, 3.0), worth(2.0, 9.0), "cull", "CULLED"),
+]
+
+
+@pytest.mark.parametrize(("alone", "plan", "rule", "end"), DOUBTFUL)
+def test_a_doubtful_seed_is_judged_by_its_plan(alone: Contribution, plan: Contribution, rule: str, end: str) -> None:
+    engine = engine_for(fresh(PlainNet), evaluation={"min_epochs": 0, "doubtful": rule})
+    graft(engine, "groups.0.0", 2)
+    assert engine.record_contribution("s1", alone, step=0, epoch=0, plan=plan) == []
+    assert engine.seed("s1").plan_contribution == plan
+    # What is left of the plan later on does not count.
+    assert path(engine.record_contribution("s1", alone, step=0, epoch=1, plan=worth(-9, -8))) == [end]
+    assert engine.seed("s1").plan_contribution == plan
 
 
 @pytest.mark.parametrize(("contribution", "expected"), GATES)

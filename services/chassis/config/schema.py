@@ -174,10 +174,15 @@ class EvaluationConfig(Section):
 
     threshold: float = Field(
         default=0.0,
-        description="A seed stays if the whole interval of its contribution (points of validation accuracy) lies above.",
+        description="A seed stays if its contribution (points of validation accuracy) lies above, with its interval.",
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Of the interval around a contribution.")
     min_epochs: int = Field(default=2, ge=0, description="Epochs between grafting and the first counterfactual.")
+    doubtful: Literal["plan", "cull"] = Field(
+        default="plan",
+        description="A seed whose interval says neither, twice. plan: it stays if it did good on the sample and all "
+        "seeds of its decision together are proven; cull: it goes.",
+    )
     cull: Literal["remove", "rewind"] = Field(default="remove", description="How a culled seed leaves after grafting.")
 
 
