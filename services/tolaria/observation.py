@@ -159,6 +159,7 @@ def seed_to_proto(run: str, record: SeedRecord, transitions: Iterable[seed_pb2.S
         parameters=record.parameters,
         flops=record.flops,
         contribution=interval_to_proto(record.contribution),
+        plan_contribution=interval_to_proto(record.plan_contribution),
         command_id=record.command_id,
         reason=record.reason,
         transitions=transitions,

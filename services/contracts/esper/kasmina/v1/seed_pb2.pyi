@@ -108,6 +108,7 @@ class Seed(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     TRANSITIONS_FIELD_NUMBER: _builtins.int
+    PLAN_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"runs/{r}/seeds/{s}"."""
     slot: _builtins.str
@@ -142,6 +143,10 @@ class Seed(_message.Message):
     def transitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeedTransition]:
         """Its transitions so far, oldest first."""
 
+    @_builtins.property
+    def plan_contribution(self) -> _common_pb2.Interval:
+        """What all seeds of its decision are worth together, from when the first was judged; absent if it was alone."""
+
     def __init__(
         self,
         *,
@@ -160,10 +165,11 @@ class Seed(_message.Message):
         command_id: _builtins.str = ...,
         reason: _builtins.str = ...,
         transitions: _abc.Iterable[Global___SeedTransition] | None = ...,
+        plan_contribution: _common_pb2.Interval | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_birth_step", b"_birth_step", "_flops", b"_flops", "_parameters", b"_parameters", "alpha", b"alpha", "birth_step", b"birth_step", "contribution", b"contribution", "flops", b"flops", "parameters", b"parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_birth_step", b"_birth_step", "_flops", b"_flops", "_parameters", b"_parameters", "alpha", b"alpha", "birth_step", b"birth_step", "contribution", b"contribution", "flops", b"flops", "parameters", b"parameters", "plan_contribution", b"plan_contribution"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_birth_step", b"_birth_step", "_flops", b"_flops", "_parameters", b"_parameters", "alpha", b"alpha", "birth_step", b"birth_step", "blueprint", b"blueprint", "command_id", b"command_id", "contribution", b"contribution", "family", b"family", "flops", b"flops", "kernel", b"kernel", "name", b"name", "parameters", b"parameters", "reason", b"reason", "size", b"size", "slot", b"slot", "state", b"state", "transitions", b"transitions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_birth_step", b"_birth_step", "_flops", b"_flops", "_parameters", b"_parameters", "alpha", b"alpha", "birth_step", b"birth_step", "blueprint", b"blueprint", "command_id", b"command_id", "contribution", b"contribution", "family", b"family", "flops", b"flops", "kernel", b"kernel", "name", b"name", "parameters", b"parameters", "plan_contribution", b"plan_contribution", "reason", b"reason", "size", b"size", "slot", b"slot", "state", b"state", "transitions", b"transitions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015

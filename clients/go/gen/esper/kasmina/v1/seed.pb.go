@@ -151,9 +151,11 @@ type Seed struct {
 	// Why it is in its state, in words.
 	Reason string `protobuf:"bytes,14,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Its transitions so far, oldest first.
-	Transitions   []*SeedTransition `protobuf:"bytes,15,rep,name=transitions,proto3" json:"transitions,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Transitions []*SeedTransition `protobuf:"bytes,15,rep,name=transitions,proto3" json:"transitions,omitempty"`
+	// What all seeds of its decision are worth together, from when the first was judged; absent if it was alone.
+	PlanContribution *v1.Interval `protobuf:"bytes,16,opt,name=plan_contribution,json=planContribution,proto3" json:"plan_contribution,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Seed) Reset() {
@@ -291,6 +293,13 @@ func (x *Seed) GetTransitions() []*SeedTransition {
 	return nil
 }
 
+func (x *Seed) GetPlanContribution() *v1.Interval {
+	if x != nil {
+		return x.PlanContribution
+	}
+	return nil
+}
+
 // One change of state.
 type SeedTransition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -413,7 +422,7 @@ var File_esper_kasmina_v1_seed_proto protoreflect.FileDescriptor
 
 const file_esper_kasmina_v1_seed_proto_rawDesc = "" +
 	"\n" +
-	"\x1besper/kasmina/v1/seed.proto\x12\x10esper.kasmina.v1\x1a\x1cesper/common/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xae\x04\n" +
+	"\x1besper/kasmina/v1/seed.proto\x12\x10esper.kasmina.v1\x1a\x1cesper/common/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf6\x04\n" +
 	"\x04Seed\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04slot\x18\x02 \x01(\tR\x04slot\x12\x1c\n" +
@@ -434,7 +443,8 @@ const file_esper_kasmina_v1_seed_proto_rawDesc = "" +
 	"\n" +
 	"command_id\x18\r \x01(\tR\tcommandId\x12\x16\n" +
 	"\x06reason\x18\x0e \x01(\tR\x06reason\x12B\n" +
-	"\vtransitions\x18\x0f \x03(\v2 .esper.kasmina.v1.SeedTransitionR\vtransitionsB\b\n" +
+	"\vtransitions\x18\x0f \x03(\v2 .esper.kasmina.v1.SeedTransitionR\vtransitions\x12F\n" +
+	"\x11plan_contribution\x18\x10 \x01(\v2\x19.esper.common.v1.IntervalR\x10planContributionB\b\n" +
 	"\x06_alphaB\r\n" +
 	"\v_birth_stepB\r\n" +
 	"\v_parametersB\b\n" +
@@ -493,14 +503,15 @@ var file_esper_kasmina_v1_seed_proto_depIdxs = []int32{
 	0, // 0: esper.kasmina.v1.Seed.state:type_name -> esper.kasmina.v1.SeedState
 	3, // 1: esper.kasmina.v1.Seed.contribution:type_name -> esper.common.v1.Interval
 	2, // 2: esper.kasmina.v1.Seed.transitions:type_name -> esper.kasmina.v1.SeedTransition
-	0, // 3: esper.kasmina.v1.SeedTransition.from_state:type_name -> esper.kasmina.v1.SeedState
-	0, // 4: esper.kasmina.v1.SeedTransition.to_state:type_name -> esper.kasmina.v1.SeedState
-	4, // 5: esper.kasmina.v1.SeedTransition.transition_time:type_name -> google.protobuf.Timestamp
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	3, // 3: esper.kasmina.v1.Seed.plan_contribution:type_name -> esper.common.v1.Interval
+	0, // 4: esper.kasmina.v1.SeedTransition.from_state:type_name -> esper.kasmina.v1.SeedState
+	0, // 5: esper.kasmina.v1.SeedTransition.to_state:type_name -> esper.kasmina.v1.SeedState
+	4, // 6: esper.kasmina.v1.SeedTransition.transition_time:type_name -> google.protobuf.Timestamp
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_esper_kasmina_v1_seed_proto_init() }

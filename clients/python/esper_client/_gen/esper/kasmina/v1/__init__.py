@@ -1048,6 +1048,13 @@ class Seed(betterproto2.Message):
     Its transitions so far, oldest first.
     """
 
+    plan_contribution: "__common__v1__.Interval | None" = betterproto2.field(
+        16, betterproto2.TYPE_MESSAGE, optional=True
+    )
+    """
+    What all seeds of its decision are worth together, from when the first was judged; absent if it was alone.
+    """
+
 
 default_message_pool.register_message("esper.kasmina.v1", "Seed", Seed)
 
