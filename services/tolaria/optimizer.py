@@ -81,8 +81,7 @@ class GrowingOptimizer:
         for group in self._groups:
             for index, parameter in enumerate(group.parameters):
                 for name, value in self._torch.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        found[f"{group.name}/{index}/{name}"] = value
+                    found[f"{group.name}/{index}/{name}"] = value
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -117,7 +116,7 @@ class GrowingOptimizer:
             for name, value in (state or {}).items():
                 if name == "step":
                     merged[name] = torch.tensor(max(steps), dtype=value.dtype)
-                elif isinstance(value, Tensor):
+                else:
                     target = merged.setdefault(name, torch.zeros_like(fusion.new, requires_grad=False))
                     target[where] = value * _bias_ratio(
                         name, float((state or {}).get("step", 0.0)), max(steps, default=0.0)

@@ -265,11 +265,6 @@ class RunReporter:
             error_message=result.error_message,
         )
 
-    @property
-    def picture(self) -> run_pb2.Run:
-        """The run as last shown."""
-        return self._picture
-
     # ---- where it goes ---------------------------------------------------------------------------------------------
 
     def _show_run(self) -> None:

@@ -467,7 +467,7 @@ class TolariaTrainer:
     def capture(self) -> State:
         """All that decides how the run goes on. The tensors are the live ones."""
         tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # pragma: no cover  # tests have no GPU
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
@@ -503,7 +503,7 @@ class TolariaTrainer:
         self.accuracies = list(values["accuracies"])
         self.governor.restore(**values["governor"])
         torch.set_rng_state(state.tensors["rng/cpu"].cpu())
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # pragma: no cover  # tests have no GPU
             torch.cuda.set_rng_state(state.tensors["rng/cuda"].cpu(), self.device)
 
     def _begin_anew(self, values: Mapping[str, Any] | None = None) -> None:

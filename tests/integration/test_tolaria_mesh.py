@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -24,7 +25,7 @@ from esper.tezzeret.v1 import compile_service_pb2
 from esper.tezzeret.v1.compile_service_pb2_grpc import CompileServiceStub
 from esper.tolaria.v1 import run_pb2, training_link_service_pb2, training_service_pb2
 from esper.tolaria.v1.training_service_pb2_grpc import TrainingServiceStub
-from esper.urza.v1 import blueprint_service_pb2
+from esper.urza.v1 import blueprint_service_pb2, kernel_pb2
 from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from services.blueprints import signature
 from services.chassis.config.loader import dump
@@ -150,6 +151,26 @@ def test_a_kernel_is_compiled_once_and_resolved_after(mesh: MeshClient, trainer:
 def test_a_kernel_that_cannot_be_is_refused_with_the_reason(mesh: MeshClient, trainer: TolariaTrainer) -> None:
     with pytest.raises(KernelUnavailableError):
         mesh.obtain_kernel(KernelTarget(WIDEN, trainer.engine.interface("span:groups.0"), 1, 1)).result(SECONDS)
+
+
+def test_a_kernel_that_was_retired_is_refused_although_its_job_succeeded(
+    services: Services, mesh: MeshClient, trainer: TolariaTrainer
+) -> None:
+    target = target_of(trainer, seed=77)
+    digest = mesh.obtain_kernel(target).result(SECONDS)
+    key = signature.load_private_key(services.run_dir / "state" / "keys")
+    with grpc.insecure_channel(services.address("urza")) as channel:
+        BlueprintServiceStub(channel).SetKernelStatus(
+            blueprint_service_pb2.SetKernelStatusRequest(
+                name=f"blueprints/{WIDEN.id}/kernels/{digest[:32]}",
+                status=kernel_pb2.KERNEL_STATUS_RETIRED,
+                reason="a test",
+                attestation=signature.attest_status(key, bytes.fromhex(digest), "RETIRED"),
+                request_id="retired-77",
+            )
+        )
+    with pytest.raises(KernelUnavailableError, match="no validated kernel although its compile job succeeded"):
+        mesh.obtain_kernel(target).result(SECONDS)
 
 
 def test_a_job_that_is_cancelled_ends_the_wait(services: Services, mesh: MeshClient, trainer: TolariaTrainer) -> None:
@@ -418,20 +439,23 @@ def test_without_urza_the_last_known_blueprints_are_used(services: Services, mes
         os.kill(pid, signal.SIGCONT)
 
 
-def test_the_end_does_not_wait_for_a_service_that_hangs(services: Services) -> None:
+def test_the_end_does_not_wait_for_a_service_that_hangs(services: Services, trainer: TolariaTrainer) -> None:
     client = client_of(services, incarnation=time.time_ns())
     client.start()
     assert services.supervisor is not None
-    pid = services.supervisor.services["tamiyo"].pid
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    pids = [services.supervisor.services[name].pid for name in ("tamiyo", "tezzeret")]
+    with contextlib.ExitStack() as stack:
+        for pid in pids:
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            stack.callback(os.kill, pid, signal.SIGCONT)
         client.report_outcome(outcome_pb2.Outcome(seed="runs/x/seeds/y"), "")
+        request = client.obtain_kernel(target_of(trainer, seed=4711))
         started = time.monotonic()
         client.stop()
         assert time.monotonic() - started < SECONDS
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    with pytest.raises(KernelUnavailableError):
+        request.result(0.0)
 
 
 def test_a_kernel_that_is_not_genuine_is_refused(services: Services, tmp_path: Path, trainer: TolariaTrainer) -> None:

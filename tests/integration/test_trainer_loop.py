@@ -265,6 +265,28 @@ def test_what_cannot_be_judged_at_the_end_is_removed(tmp_path: Path) -> None:
     assert trainer.parameter_count() == host
 
 
+def test_a_branch_that_is_still_learning_at_the_end_is_removed(tmp_path: Path) -> None:
+    config = config_of(growth={"isolation_steps": 10**6}, model={"name": "cnn", "widths": [2, 3, 3]})
+    harness = Harness(tmp_path, config, grow_once(("span:groups.2", BRANCH, 2)))
+    trainer = harness.trainer()
+    trainer.train()
+    (record,) = trainer.engine.seeds()
+    assert record.outcome is SeedState.CULLED
+    assert "the run ended before it was settled" in trainer.coordinator.reason(record)
+    assert same(weights(trainer), bare_loop(harness))
+
+
+def test_a_budget_of_parameters_is_told_in_parameters(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(growth={"budget": {"flops": None, "parameters": 3.0}}), ONCE)
+    trainer = harness.trainer()
+    host = trainer.host_parameters
+    trainer.train()
+    told = [observation.budget for observation in harness.scripted.asked]
+    assert {budget.kind for budget in told} == {observation_pb2.BUDGET_KIND_PARAMETERS}
+    assert {budget.limit for budget in told} == {3.0 * host}
+    assert told[0].current == host
+
+
 # ---- resume ------------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +492,34 @@ def test_a_rollback_blames_the_seeds_under_way(tmp_path: Path) -> None:
     assert trainer.optimizer.rate_scale == 1.0
     assert {outcome.state for outcome in harness.scripted.outcomes} == {12}
     assert any(topic == "system.events.rollback" for topic, _ in harness.scripted.events)
+
+
+def test_a_kernel_on_its_way_is_asked_for_again_after_a_rollback(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, keep_config(), ONCE, polls=8)
+    trainer = harness.trainer()
+    obtain, requests = harness.scripted.obtain_kernel, []
+
+    def noting(target: Any) -> Any:
+        # Those of the state that is gone are withdrawn before new ones are made.
+        assert all(request.cancelled for request in requests[:2] if len(requests) >= 2)
+        requests.append(obtain(target))
+        return requests[-1]
+
+    harness.scripted.obtain_kernel = noting  # type: ignore[method-assign]  # to see what becomes of the requests
+    poison(trainer, 13)
+    trainer.train()
+    assert trainer.governor.rollbacks == 1
+    assert len(requests) == 4
+    assert [record.outcome for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED] * 2
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
+    trainer, _ = run_killed_at(tmp_path / "killed", 31, ONCE, keep_config())
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"arm": "grown", "ep')
+    trainer.reporter.rewind(trainer.step)
+    assert metrics.read_text() == whole
 
 
 def test_a_run_that_was_rolled_back_resumes_exactly(tmp_path: Path) -> None:
