@@ -497,7 +497,8 @@ def test_a_rollback_blames_the_seeds_under_way(tmp_path: Path) -> None:
 def test_a_kernel_on_its_way_is_asked_for_again_after_a_rollback(tmp_path: Path) -> None:
     harness = Harness(tmp_path, keep_config(), ONCE, polls=8)
     trainer = harness.trainer()
-    obtain, requests = harness.scripted.obtain_kernel, []
+    obtain = harness.scripted.obtain_kernel
+    requests: list[Any] = []
 
     def noting(target: Any) -> Any:
         # Those of the state that is gone are withdrawn before new ones are made.
