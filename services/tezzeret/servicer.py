@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from datetime import datetime
 
@@ -104,13 +105,14 @@ class CompileServicer(CompileServiceServicer):
             match=lambda job: request.name in ("", job.name),
             resume_token=request.resume_token or None,
         )
-        async for item in stream:
-            yield pb.WatchCompileJobsResponse(
-                change=item.change,
-                job=None if item.item is None else write_job(item.item),
-                revision=item.revision,
-                resume_token=item.token,
-            )
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                yield pb.WatchCompileJobsResponse(
+                    change=item.change,
+                    job=None if item.item is None else write_job(item.item),
+                    revision=item.revision,
+                    resume_token=item.token,
+                )
 
     async def ListTargets(
         self, request: pb.ListTargetsRequest, context: ServicerContext[pb.ListTargetsRequest, pb.ListTargetsResponse]

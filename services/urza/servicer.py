@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -129,13 +130,14 @@ class BlueprintServicer(BlueprintServiceServicer):
             match=match,
             resume_token=request.resume_token or None,
         )
-        async for item in items:
-            yield pb.WatchBlueprintsResponse(
-                change=item.change,
-                blueprint=None if item.item is None else wire.write_blueprint(item.item),
-                revision=item.revision,
-                resume_token=item.token,
-            )
+        async with contextlib.aclosing(items):
+            async for item in items:
+                yield pb.WatchBlueprintsResponse(
+                    change=item.change,
+                    blueprint=None if item.item is None else wire.write_blueprint(item.item),
+                    revision=item.revision,
+                    resume_token=item.token,
+                )
 
     async def GetLineage(  # the contract's name
         self, request: pb.GetLineageRequest, context: ServicerContext[pb.GetLineageRequest, pb.GetLineageResponse]

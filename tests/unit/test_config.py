@@ -165,6 +165,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_the_key_that_was_mean
         ("services: {host: 0.0.0.0}", "0.0.0.0 is not loopback"),
         ("services: {tls: {certificate: a.pem}}", "certificate and key belong together"),
         ("services: {tls: {require_client_certificate: true}}", "needs ca"),
+        ("services: {tls: {certificate: a.pem, key: a.key}}", "set ca to the PEM file of the authority"),
         ("telemetry: {traces: otlp}", "needs otlp_endpoint"),
         ("services: {urza: {port: 70000}}", "services.urza.port: 70000: input should be less than or equal to 65535"),
     ],
@@ -253,7 +254,7 @@ def test_a_later_value_can_replace_what_was_no_map() -> None:
 
 def test_listeners_elsewhere_need_tls_or_consent() -> None:
     assert load(overrides=["services.host=0.0.0.0", "services.insecure=true"]).config.services.insecure
-    tls = "services.tls={certificate: c, key: k}"
+    tls = "services.tls={certificate: c, key: k, ca: a}"
     assert load(overrides=["services.host=10.0.0.1", tls]).config.services.host == "10.0.0.1"
     assert [is_loopback(host) for host in ("localhost", "::1", "127.1.2.3", "example.org", "10.0.0.1")] == [
         True,

@@ -387,6 +387,16 @@ class ServicesConfig(Section):
     tolaria: TolariaConfig = TolariaConfig()
 
     @model_validator(mode="after")
+    def _clients_trust_servers(self) -> Self:
+        # Services call each other: with a certificate alone, every one of these calls would fail.
+        if self.tls.certificate is not None and self.tls.ca is None:
+            raise ValueError(
+                "tls: certificate without ca: nobody would trust the servers; set ca to the PEM file of the authority "
+                "that signed it, or to the certificate itself if it is self-signed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _safe_listener(self) -> Self:
         if not is_loopback(self.host) and self.tls.certificate is None and not self.insecure:
             raise ValueError(f"host: {self.host} is not loopback; configure tls, or set insecure: true to accept that")
