@@ -6,11 +6,11 @@ find, as a mean and a standard deviation would.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Final
 
 from services.chassis.config.schema import GovernorConfig
@@ -40,6 +40,8 @@ class Governor:
     rollbacks: int = 0
     best_accuracy: float = 0.0
     _losses: deque[float] = field(default_factory=deque)
+    #: The same in ascending order: this is asked at every step, and sorting the window twice would be felt there.
+    _ordered: list[float] = field(default_factory=list)
     _spikes: int = 0
 
     def observe_loss(self, loss: float) -> Instability | None:
@@ -49,22 +51,35 @@ class Governor:
         if not math.isfinite(loss):
             return Instability(f"the loss is {loss}")
         if len(self._losses) < self.config.window_steps // 2:
-            self._losses.append(loss)
+            self._take_in(loss)
             return None
-        middle = median(self._losses)
-        sigma = _MAD_TO_SIGMA * median(abs(value - middle) for value in self._losses)
-        limit = middle + self.config.spike_sigmas * max(sigma, _MIN_RELATIVE_SIGMA * abs(middle))
-        if loss > limit:
+        if (limit := self._limit_below(loss)) is not None:
             # A spike stays out of the window, or the window would get used to it.
             self._spikes += 1
             if self._spikes >= self.config.patience_steps:
                 return Instability(f"the loss was above {limit:.4g} for {self._spikes} steps, last {loss:.4g}")
             return None
         self._spikes = 0
-        self._losses.append(loss)
-        if len(self._losses) > self.config.window_steps:
-            self._losses.popleft()
+        self._take_in(loss)
         return None
+
+    def _limit_below(self, loss: float) -> float | None:
+        """The limit of a normal loss if ``loss`` is above it."""
+        middle = _median(self._ordered)
+        least = _MIN_RELATIVE_SIGMA * abs(middle)
+        if loss <= middle + self.config.spike_sigmas * least:
+            # Normal whatever the deviation is: most losses are.
+            return None
+        sigma = _MAD_TO_SIGMA * _median(sorted(abs(value - middle) for value in self._ordered))
+        limit = middle + self.config.spike_sigmas * max(sigma, least)
+        return limit if loss > limit else None
+
+    def _take_in(self, loss: float) -> None:
+        self._losses.append(loss)
+        bisect.insort(self._ordered, loss)
+        if len(self._losses) > self.config.window_steps:
+            oldest = self._losses.popleft()
+            del self._ordered[bisect.bisect_left(self._ordered, oldest)]
 
     def observe_accuracy(self, accuracy: float) -> Instability | None:
         """Judge a validation accuracy, percent: a fall back to chance is a collapse."""
@@ -86,5 +101,11 @@ class Governor:
     def restore(self, losses: Sequence[float], spikes: int, best_accuracy: float) -> None:
         """The inverse of :meth:`state`."""
         self._losses = deque(losses)
+        self._ordered = sorted(losses)
         self._spikes = spikes
         self.best_accuracy = best_accuracy
+
+
+def _median(ordered: Sequence[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -57,7 +57,9 @@ class GrowingOptimizer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self._torch.zero_grad(set_to_none=True)
+        for group in self._groups:
+            for parameter in group.parameters:
+                parameter.grad = None
 
     def step(self, step: int) -> None:
         """One update at the rates of optimizer step ``step`` (from 0); frozen groups are skipped."""

@@ -7,6 +7,7 @@ the last good state in memory and a resumed process are the same thing, read bac
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from services.tolaria.step_times import StepTimes
 
 _SHOW_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.5
+_FLOAT32: Final = contextlib.nullcontext()
 _ROLLBACK_STATES: Final = frozenset(
     {
         SeedState.LOADING,
@@ -253,7 +255,7 @@ class TolariaTrainer:
     def train_step(self) -> None:
         """One optimizer step, or a rollback if its loss says so."""
         batch = self.batches.at(self.epoch, self.step % self.batches.per_epoch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bfloat16"):
+        with self._precision():
             logits = self.model(batch.images)
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.training.optimizer.label_smoothing)
             own_loss = self.engine.auxiliary_loss(batch.labels)
@@ -269,8 +271,15 @@ class TolariaTrainer:
         self.step += 1
         self.epoch_loss += value
         self.account.bill_steps(self.flops, len(batch.labels))
-        self.coordinator.follow(self.engine.tick(self.step), self.epoch)
+        if transitions := self.engine.tick(self.step):
+            self.coordinator.follow(transitions, self.epoch)
         self._show_progress(value)
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.training.precision == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        # Not a disabled autocast: entering and leaving it is felt in the steps of a small network.
+        return _FLOAT32
 
     def _show_progress(self, loss: float) -> None:
         now, (then, step) = time.perf_counter(), self._shown

@@ -232,4 +232,5 @@ def test_the_device_is_chosen_and_deterministic() -> None:
     device = session._device(config_of(training={"device": "auto"}))
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # made at import
     assert training_process.EXIT_FAILED == 1

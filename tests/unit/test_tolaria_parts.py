@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,35 @@ def test_governor_needs_patience_for_spikes() -> None:
     unstable = governor.observe_loss(60.0)
     assert unstable is not None
     assert "for 3 steps, last 60" in unstable.reason
+
+
+@pytest.mark.parametrize("window", [10, 25, 50])
+def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
+    """Against the definition, worked out anew from the whole window at each step."""
+    config = GovernorConfig(window_steps=window, spike_sigmas=3.0, patience_steps=2)
+    governor = Governor(config, classes=10)
+    kept: list[float] = []
+    spikes = told = normal = 0
+    for step, loss in enumerate(noisy_losses(400)):
+        value = loss * 2.5 if step % 17 in (0, 1) else loss
+        unstable = governor.observe_loss(value)
+        if len(kept) >= window // 2:
+            middle = statistics.median(kept)
+            sigma = 1.4826 * statistics.median(abs(one - middle) for one in kept)
+            limit = middle + 3.0 * max(sigma, 0.02 * abs(middle))
+            if value > limit:
+                spikes += 1
+                told += spikes >= 2
+                assert (unstable is not None) == (spikes >= 2)
+                assert unstable is None or f"above {limit:.4g} for {spikes} steps" in unstable.reason
+                continue
+        assert unstable is None
+        spikes = 0
+        normal += 1
+        kept = [*kept, value][-window:]
+    assert told > 5
+    assert normal > 100
+    assert governor.state()["losses"] == kept
 
 
 def test_governor_sees_collapse_to_chance() -> None:
