@@ -87,7 +87,7 @@ async def _echo(server: TlsConfig, client: TlsConfig) -> str:
 
 async def test_tls_serves_who_trusts_the_authority(authority: Authority, stranger: Authority) -> None:
     certificate, key = authority.issue("server")
-    server = TlsConfig(certificate=certificate, key=key)
+    server = TlsConfig(certificate=certificate, key=key, ca=authority.file)
     assert await _echo(server, TlsConfig(ca=authority.file)) == "safe"
     for client in (TlsConfig(ca=stranger.file), TlsConfig()):  # another authority; no TLS at all
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -112,13 +112,15 @@ async def test_mutual_tls_refuses_strangers(authority: Authority, stranger: Auth
 
 async def test_health_is_checked_through_tls(authority: Authority) -> None:
     certificate, key = authority.issue("server")
-    async with running(ServicesConfig(tls=TlsConfig(certificate=certificate, key=key))) as run:
+    async with running(ServicesConfig(tls=TlsConfig(certificate=certificate, key=key, ca=authority.file))) as run:
         await wait_until_serving("urza", run.address, tls_config=TlsConfig(ca=authority.file), timeout=10)
 
 
 async def test_tls_opens_interfaces_beyond_loopback(authority: Authority) -> None:
     certificate, key = authority.issue("server")
-    async with running(ServicesConfig(host="0.0.0.0", tls=TlsConfig(certificate=certificate, key=key))) as run:
+    async with running(
+        ServicesConfig(host="0.0.0.0", tls=TlsConfig(certificate=certificate, key=key, ca=authority.file))
+    ) as run:
         assert run.address.startswith("0.0.0.0:")
 
 
