@@ -18,7 +18,7 @@ from services.tamiyo.policies.parameters import FamilyEstimate
 from services.tamiyo.policies.planning import closed, nothing
 from tests.support.observations import BRANCH, WIDEN, observation, slot
 
-_CHOOSING = ("utilization", "uniform", "random", "narrowest")
+_CHOOSING = ("utilization", "uniform", "random", "narrowest", "permuted")
 
 
 def decide(algorithm: str, seen: Observation, **parameters: object) -> Plan:
@@ -146,18 +146,14 @@ def test_what_no_blueprint_fits_is_passed_over() -> None:
     assert decide("uniform", seen).evidence[0].reason == "no widening blueprint fits it"
 
 
-@pytest.mark.parametrize("algorithm", [*_CHOOSING, "fixed"])
+@pytest.mark.parametrize("algorithm", [*_CHOOSING, "fixed", "transplant"])
 def test_a_budget_too_small_for_a_channel_is_said(algorithm: str) -> None:
     plan = decide(algorithm, observation([slot("a", 4, 4.0)], factor=1.000001))
     assert not plan.changes
     assert plan.explanation.startswith("No adaptation")
-    assert (
-        "parameters"
-        in decide(
-            algorithm, observation([slot("a", 9, 9.0)], factor=3, budget_kind=BudgetKind.PARAMETERS, decisions_left=1)
-        ).explanation
-        or algorithm == "fixed"
-    )
+    assert "parameters" in decide(
+        algorithm, observation([slot("a", 9, 9.0)], factor=3, budget_kind=BudgetKind.PARAMETERS, decisions_left=1)
+    ).explanation or algorithm in ("fixed", "transplant")
 
 
 def test_outside_the_window_and_without_budget_nothing_happens() -> None:
@@ -178,6 +174,10 @@ def test_outside_the_window_and_without_budget_nothing_happens() -> None:
         ("random", {"concentration": "x"}, "parameters.concentration"),
         ("fixed", {"plan": 3}, "parameters.plan"),
         ("fixed", {"plan": {"a": 0.5}}, "parameters.plan.a"),
+        ("permuted", {"least_need": 2}, "parameters.least_need"),
+        ("transplant", {"plans": "a"}, "parameters.plans"),
+        ("transplant", {"plans": [{}, 3]}, "parameters.plans[1]"),
+        ("transplant", {"plans": [{"a": 0.5}]}, "parameters.plans[0].a"),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused(algorithm: str, parameters: dict[str, object], field: str) -> None:
@@ -221,3 +221,29 @@ def test_a_fixed_plan_larger_than_any_network_ends() -> None:
     for size in (float("inf"), float("nan"), 1.5):
         with pytest.raises(EsperError):
             ALGORITHMS["fixed"].check({"plan": {"a": size}})
+
+
+def test_permuted_spends_the_measured_needs_on_other_layers() -> None:
+    full, idle = slot("full", 4, 4.0), slot("idle", 4, 0.4)
+    plans = [decide("permuted", replace(observation([full, idle]), seed=seed)) for seed in range(20)]
+    assert {frozenset(sizes(plan)) for plan in plans} == {frozenset({"full"}), frozenset({"idle"})}
+    evidence = {item.slot: item.need for item in plans[0].evidence if not item.chosen}
+    assert evidence in ({"idle": 0.1}, {"full": 0.1})
+    unknown = decide("permuted", observation([full, slot("unknown", 4)]))
+    assert set(sizes(unknown)) == {"full"}
+    assert {item.slot: item.need for item in unknown.evidence}["unknown"] is None
+
+
+def test_transplant_repeats_the_decision_of_as_many_left() -> None:
+    slots = [slot("runs/r/slots/a", 4, 1.0), slot("runs/r/slots/b", 4, 1.0)]
+    plans: list[object] = [{"a": 1}, {"runs/r/slots/b": 2, "a": 1.0}]
+    ALGORITHMS["transplant"].check({"plans": plans})
+    first = observation(slots, factor=4, decisions_left=2)
+    assert sizes(decide("transplant", first, plans=plans)) == {"runs/r/slots/a": 1}
+    last = replace(first, decisions_left=1)
+    assert sizes(decide("transplant", last, plans=plans)) == {"runs/r/slots/a": 1, "runs/r/slots/b": 2}
+    assert not decide("transplant", replace(first, decisions_left=3), plans=plans).changes
+    # A budget that ends early cuts all layers alike.
+    tight = observation(slots, factor=2.0, decisions_left=1)
+    cut = sizes(decide("transplant", tight, plans=[{"a": 4, "b": 4}]))
+    assert sorted(cut.values()) in ([1, 1], [1, 2], [2, 2])

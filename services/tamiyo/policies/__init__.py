@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final, Protocol
 
 from services.tamiyo.observation import Observation, Plan
-from services.tamiyo.policies import fixed, narrowest, random, uniform, utilization
+from services.tamiyo.policies import fixed, narrowest, permuted, random, transplant, uniform, utilization
 from services.tamiyo.policies.parameters import Estimates, Parameters
 
 __all__ = ["ALGORITHMS", "Algorithm", "Estimates", "Parameters"]
@@ -31,4 +31,6 @@ ALGORITHMS: Final[Mapping[str, Algorithm]] = {
     "random": random,
     "narrowest": narrowest,
     "fixed": fixed,
+    "permuted": permuted,
+    "transplant": transplant,
 }
