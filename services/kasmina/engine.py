@@ -152,7 +152,12 @@ class GrowthEngine:
         """Cost of the network as a function of the widths of its slots; what branches cost is in the fixed term."""
         flops = sum(record.flops for record in self._bridged())
         parameters = sum(record.parameters for record in self._bridged())
-        terms = [CostTerm(cost.flops, cost.parameters, cost.slots) for cost in self._analysis.costs]
+        terms = []
+        for cost in self._analysis.costs:
+            # Widths that growth.slots does not select are constants to whoever plans.
+            fixed = math.prod(self._network.width(slot) for slot in cost.slots if slot not in self._slots)
+            free = tuple(slot for slot in cost.slots if slot in self._slots)
+            terms.append(CostTerm(cost.flops * fixed, cost.parameters * fixed, free))
         if flops or parameters:
             terms.append(CostTerm(float(flops), float(parameters)))
         return terms

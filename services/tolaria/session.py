@@ -25,7 +25,7 @@ from services.chassis.telemetry import Telemetry
 from services.kasmina.kernel_cache import KernelCache
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SeedRecord
-from services.tolaria import controls, models
+from services.tolaria import controls, device, models
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
 from services.tolaria.errors import ExportError
@@ -66,7 +66,7 @@ class Session:
         self._interrupt = interrupt
         self._telemetry = telemetry
         self._resume = resume
-        self._device = _device(config)
+        self._device = device.choose(config.training)
         self._data = splits.load(config.data, config.run.seed).to(self._device)
         # Once, so that a wrong host is told of before anything is started; each arm builds its own.
         self._build_host()
@@ -229,17 +229,3 @@ def _seed_summary(record: SeedRecord, reason: str) -> dict[str, Any]:
         "contribution": contribution_json(record.contribution),
         "reason": reason,
     }
-
-
-def _device(config: EsperConfig) -> torch.device:
-    """Where to train, with everything set that makes two runs equal."""
-    wanted = config.training.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(config.training.threads)
-    # On a GPU some backward passes have no deterministic form: they warn, and the run goes on.
-    # Not torch.use_deterministic_algorithms, which means the same and imports the compiler for it: seconds.
-    torch.set_deterministic_debug_mode("warn" if wanted == "cuda" else "error")
-    # With it comes a fill of every new tensor with NaN, which costs 4 % of the steps of a small network.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch makes it so late
-    return torch.device(wanted)

@@ -24,7 +24,8 @@ from services.blueprints import signature
 from services.chassis.config.loader import dump
 from services.chassis.errors import EsperError
 from services.chassis.process import PROGRESS_FD
-from services.tolaria import session, training_process
+from services.tolaria import training_process
+from services.tolaria.device import choose
 from services.tolaria.errors import ExportError
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.progress import StatusProgress, SummaryProgress, decode
@@ -229,8 +230,8 @@ def test_services_that_never_come_are_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_the_device_is_chosen_and_deterministic() -> None:
-    device = session._device(config_of(training={"device": "auto"}))
-    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose(config_of(training={"device": "auto"}).training)
+    assert chosen.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # made at import
     assert training_process.EXIT_FAILED == 1

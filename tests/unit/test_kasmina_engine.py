@@ -65,6 +65,10 @@ def test_slots_are_listed_with_their_widths_and_layers_and_may_be_restricted() -
     some = engine_for(fresh(Bridgeable), slots=["groups.0.*"])
     assert [slot.name for slot in some.slots()] == ["groups.0.0", "groups.0.4"]
     assert some.refused()["groups.1.0"] == "not selected by growth.slots"
+    chosen = {slot.name for slot in some.slots()}
+    assert {slot for term in some.cost_terms() for slot in term.slots} <= chosen, "a planner knows no other widths"
+    whole = engine_for(fresh(Bridgeable))
+    assert (some.flops(), some.parameters()) == (whole.flops(), whole.parameters())
     with pytest.raises(UnknownSlotError, match="not selected"):
         some.interface("groups.1.0")
     with pytest.raises(UnknownSlotError, match="model's output"):
