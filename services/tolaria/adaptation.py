@@ -88,6 +88,8 @@ class _Story:
     policy: str = ""
     #: Commands obeyed, and the seed each made: a gateway may pass one on again.
     commands: dict[str, str] = field(default_factory=dict)
+    #: Commands refused, with reason and message: what a caller was told stays true when the command comes again.
+    refusals: dict[str, tuple[str, str]] = field(default_factory=dict)
     #: Decision or command that each seed came from: seeds of one origin are grafted together.
     origins: dict[str, str] = field(default_factory=dict)
     #: Seeds that came from a decision of Tamiyo's, and its id.
@@ -267,6 +269,9 @@ class AdaptationCoordinator:
             seed = self._story.commands[command.command_id]
             self._witness.answered(CommandResult(command=command, step=clock.step, seed=seed))
             return False
+        if command.command_id in self._story.refusals:
+            self._refuse(command, clock.step, command.seed)
+            return False
         blueprints = {item.id: item.to_json() for item in self._mesh.candidates() if item.id == command.blueprint}
         content = {"command": asdict(command), "blueprints": blueprints}
         return self._apply(self._journal.append("command", clock, content), epoch)
@@ -332,7 +337,7 @@ class AdaptationCoordinator:
         command = Command(**{**content, "kind": CommandKind(content["kind"])})
         self._story.blueprints |= entry.content["blueprints"]
         transitions: list[SeedTransition] = []
-        step, seed, refusal = entry.clock.step, command.seed, None
+        step, seed = entry.clock.step, command.seed
         try:
             if command.kind is CommandKind.GERMINATE:
                 change = PlannedChange(command.slot, command.blueprint, command.size, command.reason)
@@ -343,19 +348,18 @@ class AdaptationCoordinator:
                     seed, mode=self._config.evaluation.cull, step=step, reason=command.reason or "asked for by a caller"
                 )
         except ValueError as error:
-            refusal = error
-        else:
-            self._story.commands[command.command_id] = seed
-        self._witness.answered(
-            CommandResult(
-                command=command,
-                step=step,
-                seed=seed,
-                error_reason=_reason_of(refusal) if refusal is not None else "",
-                error_message=str(refusal or ""),
-            )
-        )
+            self._story.refusals[command.command_id] = (_reason_of(error), str(error))
+            self._refuse(command, step, seed)
+            return False
+        self._story.commands[command.command_id] = seed
+        self._witness.answered(CommandResult(command=command, step=step, seed=seed))
         return self.follow(transitions, epoch)
+
+    def _refuse(self, command: Command, step: int, seed: str) -> None:
+        reason, message = self._story.refusals[command.command_id]
+        self._witness.answered(
+            CommandResult(command=command, step=step, seed=seed, error_reason=reason, error_message=message)
+        )
 
     # ---- the lives of seeds ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,19 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class Stem(nn.Module):
+    """A fixed convolution, given with the first weights."""
+
+    filters: torch.Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("filters", torch.zeros(8 * channels, channels, 2, 2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.conv2d(images, self.filters, stride=2))
+
+
 class Group(nn.Module):
     """conv, max pooling, normalization, GELU, conv, normalization, GELU."""
 
@@ -27,28 +40,35 @@ class Group(nn.Module):
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.norm1 = nn.BatchNorm2d(width)
+        self.act1 = nn.GELU()
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
+        self.act2 = nn.GELU()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = F.gelu(self.norm1(self.pool(self.conv1(images))))
-        return F.gelu(self.norm2(self.conv2(images)))
+        images = self.act1(self.norm1(self.pool(self.conv1(images))))
+        return torch.as_tensor(self.act2(self.norm2(self.conv2(images))))
 
 
 class Network(nn.Module):
-    """Groups, global max pooling, a linear head times 0.5."""
+    """Groups, global max pooling, a linear head times 0.5; images of 16 pixels or more enter through a stem."""
 
-    def __init__(self, channels: int, classes: int, widths: list[int]) -> None:
+    def __init__(self, shape: tuple[int, ...], classes: int, widths: list[int]) -> None:
         super().__init__()
+        channels, size = shape[0], shape[1]
+        self.stem: nn.Module = nn.Identity()
+        if size >= 16:
+            self.stem, channels, size = Stem(channels), 8 * channels, size // 2
         inputs = [channels, *widths]
         last = len(widths) - 1
         self.groups = nn.Sequential(*(Group(inputs[i], width, i < last) for i, width in enumerate(widths)))
+        self.pool = nn.MaxPool2d(size >> last)
+        self.flatten = nn.Flatten()
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.groups(images)
-        pooled = F.max_pool2d(features, tuple(features.shape[2:])).flatten(1)
-        return torch.as_tensor(self.head(pooled) * 0.5)
+        logits = self.head(self.flatten(self.pool(self.groups(self.stem(images)))))
+        return torch.as_tensor(logits * 0.5)
 
 
 def main(folder: Path) -> None:
@@ -58,7 +78,7 @@ def main(folder: Path) -> None:
     inputs = load_file(folder / "inputs.safetensors")
     images, labels, mean, deviation = (inputs[name] for name in ("images", "labels", "mean", "deviation"))
     orders = [inputs[f"order/{epoch}"] for epoch in range(settings["orders"])]
-    model = Network(images.shape[1], settings["classes"], settings["widths"])
+    model = Network(tuple(images.shape[1:]), settings["classes"], settings["widths"])
     model.load_state_dict({k.removeprefix("model/"): v for k, v in inputs.items() if k.startswith("model/")})
     batch, per_epoch = settings["batch_size"], len(images) // settings["batch_size"]
     total = settings["epochs"] * per_epoch
@@ -71,7 +91,7 @@ def main(folder: Path) -> None:
         epoch, index = divmod(step, per_epoch)
         chosen = orders[epoch % len(orders)][index * batch : (index + 1) * batch]
         logits = model((images[chosen].float() - mean) / deviation)
-        loss = F.cross_entropy(logits, labels[chosen])
+        loss = F.cross_entropy(logits, labels[chosen], label_smoothing=settings["label_smoothing"])
         float(loss.detach())
         optimizer.zero_grad()
         torch.autograd.backward(loss)

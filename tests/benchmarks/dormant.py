@@ -1,16 +1,20 @@
-"""What Esper costs while nothing grows: ``python -m tests.benchmarks.dormant --out FILE [--rounds N] [--window S]``.
+"""What Esper costs while nothing grows: ``python -m tests.benchmarks.dormant --out FILE [--data-dir DIR]``.
 
 ``bit_identical``: `train.py --no-growth`, all services running, against a plain PyTorch loop in a process of its own
 that imports nothing of ours (``bare.py``), from the same first weights over the same batches: are the last weights
 equal to the last bit?
 
-``overhead_percent``: three processes train the same network side by side, the bare loop, a run with the controller off,
-and a run that is sampled, traced and served while Tamiyo decides "nothing" after every tenth epoch
-(``overhead_percent_deciding``). Only one of them is let run at a time (SIGSTOP, SIGCONT), each for one window in each
-round; the clock is the CPU time of the whole process, all threads, validation and the ends of epochs included, per
-finished step. Medians over rounds of the paired ratio, 95 % bootstrap intervals over rounds. The CPU time of the
-services is beside it. Limit: 0.5 %. A short epoch of a small network is the hard case: what an epoch's end costs
-(events, metrics, the last good state) is shared by few steps.
+``overhead_percent``: three processes train the same network, the bare loop, a run with the controller off, and a run
+that is sampled, traced and served while Tamiyo decides "nothing" after every tenth epoch
+(``overhead_percent_deciding``). Only one of them runs at a time (SIGSTOP, SIGCONT), by turns of whole epochs, so that
+each turn of each is the same work; the clock is the CPU time of the whole process, all threads, validation and the
+ends of epochs included. Medians over rounds of the paired ratio, 95 % bootstrap intervals over rounds. The CPU time of
+the services is beside it. Limit: 0.5 %.
+
+The stated case is ``case``: the host of configs/cifar10.yaml where --data-dir (or ESPER__DATA__DATA_DIR) names the
+files of CIFAR-10, else the digits. The digits are measured in any case and are the hard one (``digits``): steps of
+5 ms, and an epoch of 29 of them, which share what an epoch's end costs (events, metrics, the last good state).
+Augmentation is off: it is a user's choice, and no part of growing.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,17 +46,38 @@ from tests.infrastructure.processes import ROOT
 from tests.infrastructure.runs import SERVICES, Run, json_lines, running
 
 LIMIT_PERCENT: Final = 0.5
-_SAME: Final = ("data.translate=0", "data.flip=false", "model.widths=[16,24,32]")
-_OFF: Final = (*_SAME, "growth.enabled=false")
+_SAME: Final = ("data.translate=0", "data.flip=false", "training.device=cpu")
+_OFF: Final = ("growth.enabled=false",)
 #: A budget that nothing fits into: Tamiyo is asked, and decides nothing.
 _DECIDING: Final = (
-    *_SAME,
     "growth.budget.flops=1.000001",
     "growth.window=[0.0,1.0]",
     "growth.decisions=100000",
     "growth.health_every_epochs=10",
 )
-_SETTLE_SECONDS: Final = 0.05
+_LOOK_SECONDS: Final = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is trained; ``turn_epochs`` make a turn of about a second or more, ``orders`` fit into the memory."""
+
+    config: str
+    overrides: tuple[str, ...]
+    turn_epochs: int
+    orders: int
+
+    def load(self) -> EsperConfig:
+        """As the runs see it."""
+        return load_config(ROOT / self.config, overrides=self.overrides, environ={}).config
+
+
+DIGITS: Final = Case("configs/quickstart.yaml", (*_SAME, "model.widths=[16,24,32]"), 6, 50)
+
+
+def cifar10(data_dir: Path) -> Case:
+    """The host of configs/cifar10.yaml."""
+    return Case("configs/cifar10.yaml", (*_SAME, f"data.data_dir={data_dir}"), 1, 10)
 
 
 def prepare(folder: Path, config: EsperConfig, epochs: int, orders: int) -> None:
@@ -77,20 +103,17 @@ def prepare(folder: Path, config: EsperConfig, epochs: int, orders: int) -> None
         "epochs": epochs,
         "orders": orders,
         "batch_size": config.data.batch_size,
+        "steps_per_epoch": len(data.training) // config.data.batch_size,
         "evaluation_batch_size": config.data.evaluation_batch_size,
         "learning_rate": optimizer.learning_rate,
         "momentum": optimizer.momentum,
         "weight_decay": optimizer.weight_decay,
         "warmup_ratio": optimizer.warmup_ratio,
+        "label_smoothing": optimizer.label_smoothing,
     }
     folder.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "inputs.safetensors")
     (folder / "settings.json").write_text(json.dumps(settings))
-
-
-def config_of(*overrides: str) -> EsperConfig:
-    """The quick start with these overrides."""
-    return load_config(ROOT / "configs" / "quickstart.yaml", overrides=[*_SAME, *overrides], environ={}).config
 
 
 def _bare(folder: Path) -> subprocess.Popen[bytes]:
@@ -100,12 +123,14 @@ def _bare(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment)
 
 
-def bit_identical(folder: Path, epochs: int) -> dict[str, Any]:
+def bit_identical(folder: Path, case: Case, epochs: int) -> dict[str, Any]:
     """Compare the last weights."""
-    prepare(folder / "bare", config_of(), epochs, epochs)
+    prepare(folder / "bare", case.load(), epochs, epochs)
     bare = _bare(folder / "bare")
     try:
-        with running(folder / "run", *_OFF, f"training.epochs={epochs}", "compare=[]") as run:
+        with running(
+            folder / "run", *case.overrides, *_OFF, f"training.epochs={epochs}", "compare=[]", config=case.config
+        ) as run:
             ended = run.wait()
             assert ended.code == 0, ended.err
             newest = max((run.folder / "checkpoints").glob("[0-9]*"))
@@ -127,30 +152,42 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 class Contestant:
-    """One training process that is let run by turns."""
+    """One training process that is let run by turns of ``turn`` steps, from the end of an epoch to that of another."""
 
-    def __init__(self, process: psutil.Process, steps: Path) -> None:
+    def __init__(self, process: psutil.Process, steps: Path, turn: int) -> None:
         self.process = process
         self._steps = steps
+        self.turn = turn
+        self._read = 0
+        self._finished = 0
         # Linux: the CPU clock of another process, all its threads, nanoseconds.
         self._clock = (~process.pid << 3) | 2
-        self.windows: list[tuple[float, float, float]] = []
+        self.seconds_per_step: list[float] = []
+        self._until(1)
         self.process.suspend()
 
-    def run(self, window: float) -> None:
-        """Let it run for one window."""
+    def _look(self) -> int:
+        """Finished steps, as written down at the end of their epoch."""
+        with self._steps.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        self._read += len(new)
+        self._finished += new.count(b"\n")
+        return self._finished
+
+    def _until(self, steps: int) -> None:
+        while self._look() < steps:
+            assert self.process.is_running(), "a contestant died"
+            time.sleep(_LOOK_SECONDS)
+
+    def run(self) -> None:
+        """Its turn."""
+        target = self._finished + self.turn
+        before = time.clock_gettime(self._clock)
         self.process.resume()
-        time.sleep(_SETTLE_SECONDS)
-        begin, cpu = time.time(), time.clock_gettime(self._clock)
-        time.sleep(window)
-        end, spent = time.time(), time.clock_gettime(self._clock) - cpu
+        self._until(target)
         self.process.suspend()
-        self.windows.append((begin, end, spent))
-
-    def seconds_per_step(self) -> list[float]:
-        """CPU seconds per step of each window."""
-        began = [line["began"] for line in json_lines(self._steps)]
-        return [spent / max(1, sum(begin <= moment < end for moment in began)) for begin, end, spent in self.windows]
+        self.seconds_per_step.append((time.clock_gettime(self._clock) - before) / self.turn)
 
     def step_seconds(self) -> float:
         """Median CPU seconds of the training thread in one step, without what lies between steps and epochs."""
@@ -158,48 +195,50 @@ class Contestant:
 
 
 @contextlib.contextmanager
-def contestants(folder: Path) -> Iterator[tuple[dict[str, Contestant], list[Run]]]:
+def contestants(folder: Path, case: Case) -> Iterator[tuple[dict[str, Contestant], list[Run]]]:
     """The three, each suspended."""
-    prepare(folder / "bare", config_of(), 1_000_000, 50)
+    config = case.load()
+    prepare(folder / "bare", config, 1_000_000, case.orders)
+    settings = json.loads((folder / "bare" / "settings.json").read_text())
+    turn = case.turn_epochs * settings["steps_per_epoch"]
     with contextlib.ExitStack() as stack:
         runs: list[Run] = []
         found: dict[str, Contestant] = {}
         for name, overrides in (("off", _OFF), ("deciding", _DECIDING)):
-            run = stack.enter_context(measure.endless_run(folder / name, *overrides))
-            found[name] = Contestant(run.process("training"), run.folder / STEP_TIMES_FILE)
+            run = stack.enter_context(
+                measure.endless_run(folder / name, *case.overrides, *overrides, config=case.config)
+            )
+            found[name] = Contestant(run.process("training"), run.folder / STEP_TIMES_FILE, turn)
             stack.callback(found[name].process.resume)
             runs.append(run)
         bare = _bare(folder / "bare")
         stack.callback(bare.kill)
         steps = folder / "bare" / "steps.jsonl"
         runs[0].until(steps.exists, "the bare loop's first epoch")
-        found["bare"] = Contestant(psutil.Process(bare.pid), steps)
+        found["bare"] = Contestant(psutil.Process(bare.pid), steps, turn)
         yield found, runs
 
 
-def overhead(folder: Path, rounds: int, window: float) -> dict[str, Any]:
+def overhead(folder: Path, case: Case, rounds: int) -> dict[str, Any]:
     """Race them by turns."""
-    with contestants(folder) as (racers, runs):
+    with contestants(folder, case) as (racers, runs):
         served = [run.process(name) for run in runs for name in SERVICES]
         before = sum(sum(process.cpu_times()[:2]) for process in served)
         names = list(racers)
         for number in range(rounds):
             # Everyone is first, second and third equally often.
             for name in names[number % 3 :] + names[: number % 3]:
-                racers[name].run(window)
+                racers[name].run()
         services = sum(sum(process.cpu_times()[:2]) for process in served) - before
-        for racer in racers.values():
-            # To the end of the epoch under way, where its steps are written down.
-            racer.process.resume()
-            time.sleep(2.0)
-            racer.process.suspend()
-    costs = {name: racer.seconds_per_step() for name, racer in racers.items()}
+        inside = {name: 1e3 * racer.step_seconds() for name, racer in racers.items()}
+    costs = {name: racer.seconds_per_step for name, racer in racers.items()}
+    turn = racers["bare"].turn
     pairs = {
         name: [([bare], [ours]) for bare, ours in zip(costs["bare"], costs[name], strict=True)]
         for name in ("off", "deciding")
     }
     changes = {name: measure.change_percent(found, measure.median) for name, found in pairs.items()}
-    trained = sum(spent for name in ("off", "deciding") for _, _, spent in racers[name].windows)
+    trained = turn * sum(sum(costs[name]) for name in ("off", "deciding"))
     return {
         "overhead_percent": changes["off"]["percent"],
         "interval": changes["off"]["interval"],
@@ -209,46 +248,63 @@ def overhead(folder: Path, rounds: int, window: float) -> dict[str, Any]:
         "holds_deciding": measure.below(LIMIT_PERCENT, changes["deciding"]["interval"]),
         "services_cpu_percent_of_training": 100.0 * services / trained,
         "cpu_ms_per_step": {name: 1e3 * measure.median(values) for name, values in costs.items()},
-        "thread_cpu_ms_in_a_step": {name: 1e3 * racer.step_seconds() for name, racer in racers.items()},
+        "thread_cpu_ms_in_a_step": inside,
         "rounds": rounds,
-        "window_seconds": window,
+        "steps_per_turn": turn,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes JSON; 0 whatever the figures are."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=45)
-    parser.add_argument("--window", type=float, default=1.0, help="seconds that each runs in a round")
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=5, help="length of the runs whose weights are compared")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=os.environ.get("ESPER__DATA__DATA_DIR"),
+        help="where CIFAR-10 is; without it the digits are the stated case",
+    )
     arguments = parser.parse_args(argv)
     before = measure.environment()
-    with tempfile.TemporaryDirectory(prefix="esper-dormant-") as name:
-        equal = bit_identical(Path(name) / "equal", arguments.epochs)
-        cost = overhead(Path(name) / "race", arguments.rounds, arguments.window)
+    cases = {"digits": DIGITS}
+    if arguments.data_dir is not None:
+        cases["cifar10"] = cifar10(arguments.data_dir.resolve())
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory(prefix="esper-dormant-") as folder:
+            equal = bit_identical(Path(folder) / "equal", case, arguments.epochs if case is DIGITS else 1)
+            found[name] = {**equal, **overhead(Path(folder) / "race", case, arguments.rounds)}
+    stated = list(found)[-1]
     result = {
-        **equal,
-        **cost,
+        **found[stated],
+        "bit_identical": all(case["bit_identical"] for case in found.values()),
+        "case": stated,
+        "digits": found["digits"],
         "limit_percent": LIMIT_PERCENT,
         "method": __doc__,
         "environment": {"before": before, "after": measure.environment()},
     }
-
-    def row(key: str, interval: str) -> str:
-        low, high = result[interval]
-        return f"{result[key]:+.2f} % [{low:+.2f}, {high:+.2f}] (limit {LIMIT_PERCENT} %)"
-
-    rows = [
-        ("bit-identical", f"{result['bit_identical']} after {result['steps']} steps"),
-        ("overhead", row("overhead_percent", "interval")),
-        ("overhead, deciding", row("overhead_percent_deciding", "interval_deciding")),
-        ("services' CPU", f"{result['services_cpu_percent_of_training']:.1f} % of training's"),
-        ("CPU per step, ms", json.dumps({name: round(ms, 3) for name, ms in result["cpu_ms_per_step"].items()})),
-    ]
-    inside = {name: round(ms, 3) for name, ms in result["thread_cpu_ms_in_a_step"].items()}
-    rows.append(("inside steps alone", json.dumps(inside)))
-    measure.publish(arguments.out, result, rows)
+    measure.publish(arguments.out, result, [row for name, case in found.items() for row in _rows(name, case)])
     return 0
+
+
+def _rows(name: str, case: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def percent(key: str, interval: str) -> str:
+        low, high = case[interval]
+        return f"{case[key]:+.2f} % [{low:+.2f}, {high:+.2f}] (limit {LIMIT_PERCENT} %)"
+
+    def milliseconds(key: str) -> str:
+        return json.dumps({racer: round(ms, 3) for racer, ms in case[key].items()})
+
+    return [
+        (f"{name}: bit-identical", f"{case['bit_identical']} after {case['steps']} steps"),
+        (f"{name}: overhead", percent("overhead_percent", "interval")),
+        (f"{name}: overhead, deciding", percent("overhead_percent_deciding", "interval_deciding")),
+        (f"{name}: services' CPU", f"{case['services_cpu_percent_of_training']:.1f} % of training's"),
+        (f"{name}: CPU per step, ms", milliseconds("cpu_ms_per_step")),
+        (f"{name}: inside steps alone", milliseconds("thread_cpu_ms_in_a_step")),
+    ]
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def p99(values: Sequence[float]) -> float:
 
 
 @contextlib.contextmanager
-def endless_run(output: Path, *overrides: str) -> Iterator[Run]:
+def endless_run(output: Path, *overrides: str, config: str = "configs/quickstart.yaml") -> Iterator[Run]:
     """A real run (`train.py`, its services and its training process) that trains until the block ends."""
-    with running(output, *ENDLESS, *overrides) as run:
+    with running(output, *ENDLESS, *overrides, config=config) as run:
         run.until(lambda: run.lines(STEP_TIMES_FILE), "the first epoch's step times")
         try:
             yield run

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.benchmarks import control_load, dormant, measure, numbers, startup
+from tests.infrastructure.processes import ROOT
 from tests.infrastructure.runs import SERVICES
 
 
@@ -69,11 +72,24 @@ def test_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dormant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = result_of(dormant, tmp_path, capsys, "--rounds", "3", "--window", "0.4", "--epochs", "2")
+    result = result_of(dormant, tmp_path, capsys, "--rounds", "3", "--epochs", "2")
     # No timing either: a run without growth is the plain loop, to the last bit.
     assert result["different"] == []
     assert result["bit_identical"] is True
     assert result["tensors"] > 20
+    assert result["case"] == "digits"
     assert set(result["cpu_ms_per_step"]) == {"bare", "off", "deciding"}
     for key, interval in (("overhead_percent", "interval"), ("overhead_percent_deciding", "interval_deciding")):
         assert result[interval][0] <= result[key] <= result[interval][1]
+
+
+def test_resume_exactness(tmp_path: Path) -> None:
+    # In a process of its own: it forks, and this one has threads.
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "tests.benchmarks.resume_exactness", "--out", str(out), "--kills", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [kill for kill in result["kills"] if kill["different"]] == []
+    assert (result["exact"], result["of"], result["holds"]) == (5, 5, True)
+    assert len(result["states"]) >= 5

@@ -598,7 +598,7 @@ def test_callers_germinate_and_cull(tmp_path: Path) -> None:
         Command(command_id="c5", kind=CommandKind.CULL, seed="seed-9"),
     ]
     command_at(trainer, harness, 4, wish, *wrong)
-    command_at(trainer, harness, 12, wish, Command(command_id="c6", kind=CommandKind.CULL, seed="seed-1"))
+    command_at(trainer, harness, 12, wish, wrong[0], Command(command_id="c6", kind=CommandKind.CULL, seed="seed-1"))
     command_at(trainer, harness, 14, Command(command_id="c7", kind=CommandKind.CULL, seed="seed-1"))
     trainer.train()
     (record,) = trainer.engine.seeds()
@@ -606,6 +606,12 @@ def test_callers_germinate_and_cull(tmp_path: Path) -> None:
     answers = {(answer.command.command_id, answer.step): answer for answer in harness.scripted.answers}
     assert answers["c1", 4].seed == "seed-1"
     assert answers["c1", 12].seed == "seed-1"  # the same wish again is not a second seed
+    # What was refused stays refused, in the same words, and is no second input of the run.
+    assert answers["c2", 12].error_reason == "SLOT_NOT_FOUND"
+    assert answers["c2", 12].error_message == answers["c2", 4].error_message
+    journal = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    heard = [entry["content"]["command"]["command_id"] for entry in journal if entry["kind"] == "command"]
+    assert heard == ["c1", "c2", "c3", "c4", "c5", "c6", "c7"]
     assert {key[0]: answer.error_reason for key, answer in answers.items() if answer.error_reason} == {
         "c2": "SLOT_NOT_FOUND",
         "c3": "UNKNOWN_BLUEPRINT",
