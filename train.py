@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--output", metavar="DIR", help="where run folders are made (run.output_dir)")
     made.add_argument("--no-growth", action="store_true", help="train the host alone (growth.enabled=false)")
-    made.add_argument("--compare", nargs="?", const="host,bigger", metavar="ARMS", help="controls: host,bigger")
+    made.add_argument("--compare", nargs="?", const="host,bigger", metavar="ARMS", help="controls: host,bigger,uniform")
     made.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="go on with a run: its folder; default: the newest"
     )

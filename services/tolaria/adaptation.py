@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
@@ -285,6 +286,17 @@ class AdaptationCoordinator:
             overdue = epoch - group[0].germinated_epoch >= self._config.kernel_timeout_epochs
             if self._config.wait_for_kernel or overdue or all(request.done for request in requests.values()):
                 yield "load", self._collect(requests)
+
+    def await_kernels(self, seconds: float) -> None:
+        """Wait for the kernels of germinated seeds, at most this long in all; for before the first step only."""
+        if self._journal.replaying:
+            return
+        until = time.monotonic() + seconds
+        for record in self.alive():
+            if record.state is SeedState.GERMINATED:
+                # What does not come in time comes at a later safe point, or is refused there.
+                with contextlib.suppress(KernelUnavailableError):
+                    self._request(record).result(max(0.0, until - time.monotonic()))
 
     def _request(self, record: SeedRecord) -> KernelRequest:
         if record.seed not in self._requests:

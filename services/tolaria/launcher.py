@@ -260,7 +260,7 @@ class Launcher:
             "seeds": [],
             "parameters": {"host": None, "final": None},
             "flops": {"training": None, "growth": None},
-            "accuracy": {"grown": None, "host": None, "bigger": None},
+            "accuracy": {"grown": None, "host": None, "bigger": None, "uniform": None},
             "events": {"published": None, "dropped": None},
         }
         return {

@@ -248,3 +248,24 @@ class OfflineMesh:
     def event_counts(self) -> EventCounts:
         """No events."""
         return EventCounts()
+
+
+class AskingMesh(OfflineMesh):
+    """Asks the services as the run does and tells them nothing: for a control that grows beside the run's story."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def candidates(self) -> Sequence[Blueprint]:
+        """Those of the run."""
+        return self._mesh.candidates()
+
+    def decide(
+        self, observation: observation_pb2.Observation, *, policy: str, request_id: str, deadline: float
+    ) -> Decision | NoDecision:
+        """Tamiyo's."""
+        return self._mesh.decide(observation, policy=policy, request_id=request_id, deadline=deadline)
+
+    def obtain_kernel(self, target: KernelTarget) -> KernelRequest:
+        """Urza's, or Tezzeret's."""
+        return self._mesh.obtain_kernel(target)

@@ -39,6 +39,8 @@ METRICS_FILE = "metrics.jsonl"
 DECISIONS_FILE = "decisions.jsonl"
 EVENTS_FILE = "events.jsonl"
 LINEAGE_FILE = "lineage.json"
+#: The arm that is the run itself; others are its controls.
+GROWN = "grown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +163,16 @@ class RunReporter:
 
     def measured(self, health: HealthReport, epoch: int) -> None:
         """The health of the slots was measured after ``epoch`` finished epochs."""
-        report = observation.health_report(self._run, health, epoch - 1)
+        report = observation.health_report(self._run, health, max(0, epoch - 1))
         self._mesh.show(report)
-        event = events_pb2.SeedHealthReported(run=self._picture.name, epoch=epoch - 1, slots=report.slots)
+        event = events_pb2.SeedHealthReported(run=self._picture.name, epoch=report.epoch, slots=report.slots)
         self._mesh.publish("telemetry.seed.health", self._run, event)
         self._event("health", epoch=epoch, slots=[asdict(slot) for slot in health.slots])
+
+    def started(self, accuracy: float) -> None:
+        """The host was trained already and has ``accuracy`` (percent) on the validation split before the first step."""
+        self._event("start", validation_accuracy=accuracy)
+        self.status("training", f"the trained host stands at {accuracy:.2f} % on the validation split")
 
     def rolled_back(self, *, from_step: int, to_step: int, reason: str, seeds: Sequence[str]) -> None:
         """The governor or a caller restored an earlier state."""
@@ -286,7 +293,8 @@ class RunReporter:
 
     def _write_lineage(self, engine: GrowthEngine) -> None:
         content = json.dumps(finite(engine.lineage()), indent=1) + "\n"
+        name = LINEAGE_FILE if self._arm == GROWN else f"lineage-{self._arm}.json"
         try:
-            write_atomically(self._folder / LINEAGE_FILE, content, fsync=False)
+            write_atomically(self._folder / name, content, fsync=False)
         except EsperError as error:
-            self.status("training", f"{LINEAGE_FILE} is not up to date: {error.message}")
+            self.status("training", f"{name} is not up to date: {error.message}")

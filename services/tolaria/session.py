@@ -34,13 +34,13 @@ from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Journal
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.mesh import MeshClient
-from services.tolaria.ports import Mesh, OfflineMesh
+from services.tolaria.ports import AskingMesh, Mesh, OfflineMesh
 from services.tolaria.progress import ProgressWriter, StatusProgress, finite
-from services.tolaria.reporting import RunReporter, contribution_json
+from services.tolaria.reporting import GROWN, RunReporter, contribution_json
 from services.tolaria.trainer import TolariaTrainer
 
 ARMS_FILE: Final = "arms.json"
-GROWN: Final = "grown"
+_ARMS: Final = (GROWN, "host", "bigger", "uniform")
 
 
 class Session:
@@ -104,7 +104,7 @@ class Session:
                 self._train_grown(trainer)
             for name in self._config.compare:
                 if name not in self._done:
-                    self._train_control(name)
+                    self._train_control(name, trainer, mesh)
         except TrainingInterruptedError as interruption:
             if not self._interrupt.asked_by_caller:
                 raise
@@ -131,23 +131,53 @@ class Session:
             self._progress.write(StatusProgress(state="finishing", message=str(error)))
         self._write_arms()
 
-    def _train_control(self, name: controls.ControlName) -> None:
+    def _train_control(self, name: controls.ControlName, run: TolariaTrainer, mesh: Mesh) -> None:
         self._progress.write(StatusProgress(state="comparing", message=f"training the control {name}"))
-        build = controls.builder(name, self._build_host, self._done["changes"], self._config.run.seed)
-        trainer = self._trainer(name, OfflineMesh(), self._run_dir / f"journal-{name}.jsonl", build_host=build)
+        grown = self._done[GROWN]
+        config = controls.config_for(name, self._config, host_flops=run.host_flops, final_flops=grown["flops"])
+        steps: int | None = None
+        if self._config.compare_at == "flops" and name != "uniform":
+            forward = run.host_flops if name == "host" else grown["flops"]
+            spent = grown["training_flops"] + grown["growth_flops"]
+            steps = controls.steps_for(spent, forward, self._config.data.batch_size)
+
+        def build_host() -> torch.nn.Module:
+            return models.build_host(config.model, self._data, config.run.seed)
+
+        grows = name == "uniform" and config.growth.enabled
+        trainer = self._trainer(
+            name,
+            AskingMesh(mesh) if grows else OfflineMesh(),
+            self._run_dir / f"journal-{name}.jsonl",
+            epochs=config.training.epochs if steps is None else -(-steps // run.batches.per_epoch),
+            config=config,
+            # Tamiyo keeps its decisions as another run's.
+            run=f"{self._run}-{name}",
+            build_host=controls.builder(name, build_host, self._done["changes"], config.run.seed),
+            grow=grows,
+            shelf=self._shelf if grows else None,
+            total_steps=steps,
+        )
         self._done[name] = asdict(trainer.train())
         self._write_arms()
 
     def _build_host(self) -> torch.nn.Module:
         return models.build_host(self._config.model, self._data, self._config.run.seed)
 
-    def _trainer(self, arm: str, mesh: Mesh, journal: Path, **changes: Any) -> TolariaTrainer:
+    def _trainer(
+        self, arm: str, mesh: Mesh, journal: Path, epochs: int | None = None, **changes: Any
+    ) -> TolariaTrainer:
         grown = arm == GROWN
         if not self._resume or not grown:
             journal.unlink(missing_ok=True)
         training = self._config.training
         reporter = RunReporter(
-            run=self._run, arm=arm, folder=self._run_dir, epochs=training.epochs, mesh=mesh, progress=self._progress
+            run=self._run,
+            arm=arm,
+            folder=self._run_dir,
+            epochs=epochs or training.epochs,
+            mesh=mesh,
+            progress=self._progress,
         )
         arguments: dict[str, Any] = {
             "config": self._config,
@@ -179,7 +209,7 @@ class Session:
 
     def _summary(self, trainer: TolariaTrainer, mesh: Mesh, status: str, reason: str) -> dict[str, Any]:
         """What scripts rely on; what was not measured is null."""
-        arms = {name: self._done[name] for name in (GROWN, "host", "bigger") if name in self._done}
+        arms = {name: self._done[name] for name in _ARMS if name in self._done}
         growth = self._done.get("growth") or _growth_summary(trainer)
         counts = mesh.event_counts()
         grown: dict[str, Any] = arms.get(GROWN, {})
@@ -193,7 +223,9 @@ class Session:
             "seeds": growth["seeds"],
             "parameters": {"host": trainer.host_parameters, "final": growth["parameters"]},
             "flops": {"training": grown.get("training_flops"), "growth": grown.get("growth_flops")},
-            "accuracy": {name: arms.get(name, {}).get("test_accuracy") for name in (GROWN, "host", "bigger")},
+            "accuracy": {name: arms.get(name, {}).get("test_accuracy") for name in _ARMS},
+            "start_accuracy": grown.get("start_accuracy"),
+            "compare_at": self._config.compare_at,
             "events": {"published": counts.published, "dropped": counts.dropped},
             "arms": arms,
             "growth_seconds": grown.get("growth_seconds"),

@@ -76,18 +76,21 @@ class ArmResult:
     cpu_seconds: float
     growth_cpu_seconds: float
     growth_seconds: float
+    start_accuracy: float | None = None
+    """On the validation split before the first step, of a host that was trained already."""
 
 
-def decision_epochs(epochs: int, window: tuple[float, float], decisions: int) -> list[int]:
+def decision_epochs(epochs: int, window: tuple[float, float], decisions: int, *, trained: bool = False) -> list[int]:
     """Completed epochs after which Tamiyo is asked: ``decisions`` of them, evenly spread over ``window``.
 
-    Never before the first epoch (nothing is measured) or after the last; in a short schedule they are fewer.
+    Never after the last; before the first only for a host that is ``trained`` already (else there is nothing to
+    measure). In a short schedule they are fewer.
     """
     start, end = window
     spread = (end - start) / max(1, decisions - 1)
-    return sorted(
-        {min(epochs - 1, max(1, round(epochs * (start + spread * index)))) for index in range(decisions)} - {0}
-    )
+    first, last = (0, epochs - 1) if trained else (1, epochs - 1)
+    wanted = (round(epochs * (start + spread * index)) for index in range(decisions))
+    return sorted({min(last, max(first, epoch)) for epoch in wanted if last >= first})
 
 
 class TolariaTrainer:
@@ -109,6 +112,7 @@ class TolariaTrainer:
         telemetry: Spans.
         interrupt: How to stop early.
         device: Where to train.
+        total_steps: Length of the schedule in optimizer steps; None: that of ``config.training.epochs``.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class TolariaTrainer:
         telemetry: Telemetry,
         interrupt: Interrupt,
         device: torch.device,
+        total_steps: int | None = None,
     ) -> None:
         # What the run is.
         self.config = config
@@ -145,10 +150,15 @@ class TolariaTrainer:
         self.test_set = data.locked_test_set()
 
         # Its clock and schedule.
-        self.total_steps = config.training.epochs * self.batches.per_epoch
+        self.total_steps = total_steps or config.training.epochs * self.batches.per_epoch
         self.schedule = Schedule.of(config.training.optimizer, self.total_steps)
         growth = config.growth
-        self.decision_epochs = decision_epochs(config.training.epochs, growth.window, growth.decisions) if grow else []
+        self.trained = config.model.weights is not None
+        self.decision_epochs = (
+            decision_epochs(config.training.epochs, growth.window, growth.decisions, trained=self.trained)
+            if grow
+            else []
+        )
         self.step = 0
 
         # Who else has a say.
@@ -209,6 +219,8 @@ class TolariaTrainer:
             self._run_trace = current_traceparent()
             self.reporter.state(run_pb2.RUN_STATE_TRAINING, f"from step {self.step} of {self.total_steps}")
         self.reporter.topology(self.engine, epoch=self.epoch, step=self.step)
+        if self.trained and not self.accuracies:
+            self._start_trained()
         if self.last_good is None:
             self._remember()
         while self.step < self.total_steps:
@@ -227,8 +239,23 @@ class TolariaTrainer:
         """Where the run is."""
         return Clock(self.governor.rollbacks, self.step)
 
+    def _start_trained(self) -> None:
+        """Judge a host that was trained already; growth may begin before the first step."""
+        with self.telemetry.span("validate"):
+            self.validation = self._evaluate()
+        self.account.validation_flops += self.validation.flops
+        self.accuracies.append(self.validation.accuracy)
+        self._bill_time()
+        self.reporter.started(self.validation.accuracy)
+        if 0 in self.decision_epochs:
+            self._adapt(0)
+            # No step has to wait for it yet, and a short schedule has no time for newborns that come late.
+            self.coordinator.await_kernels(self.config.growth.start_wait_seconds)
+        self._bill_time(growth=True)
+        self._safe_point(epoch_is_over=True)
+
     def _train_epoch(self) -> None:
-        """Train to the end of the epoch under way, or to a rollback."""
+        """Train to the end of the epoch under way (the last one of a schedule may be cut short), or to a rollback."""
         epoch = self.epoch
         rollbacks = self.governor.rollbacks
         self._epoch_started = time.perf_counter()
@@ -236,8 +263,9 @@ class TolariaTrainer:
         with self.telemetry.span("epoch", {"esper.arm": self.arm, "esper.epoch": epoch}, parent=ROOT, links=links):
             while self.governor.rollbacks == rollbacks:
                 self._timed_step()
-                if self.step % self.batches.per_epoch == 0 and self.governor.rollbacks == rollbacks:
-                    self._end_epoch(self.epoch)
+                over = self.step % self.batches.per_epoch == 0 or self.step == self.total_steps
+                if over and self.governor.rollbacks == rollbacks:
+                    self._end_epoch(-(-self.step // self.batches.per_epoch))
                     return
                 if self.governor.rollbacks == rollbacks:
                     self._safe_point()
@@ -390,7 +418,7 @@ class TolariaTrainer:
             arm=self.arm,
             epoch=epoch,
             step=self.step,
-            train_loss=self.epoch_loss / self.batches.per_epoch,
+            train_loss=self.epoch_loss / ((self.step - 1) % self.batches.per_epoch + 1),
             validation_loss=self.validation.loss,
             validation_accuracy=self.validation.accuracy,
             learning_rate=self.optimizer.rate(self.step - 1),
@@ -659,6 +687,7 @@ class TolariaTrainer:
             flops=self.flops,
             steps=self.step,
             seconds=time.perf_counter() - started,
+            start_accuracy=self.accuracies[0] if self.trained else None,
             **self.account.state(),
         )
 

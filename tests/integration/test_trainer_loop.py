@@ -795,6 +795,8 @@ def test_decision_epochs_are_spread_over_the_window() -> None:
     assert decision_epochs(100, (0.05, 0.3), 1) == [5]
     assert decision_epochs(4, (0.0, 0.3), 3) == [1]
     assert decision_epochs(1, (0.0, 1.0), 3) == []
+    assert decision_epochs(4, (0.0, 0.3), 2, trained=True) == [0, 1]
+    assert decision_epochs(1, (0.0, 1.0), 3, trained=True) == [0]
     assert decision_epochs(4, (0.9, 1.0), 2) == [3]
 
 

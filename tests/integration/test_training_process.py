@@ -97,7 +97,7 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tup
 
 
 def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run_folder(services, tmp_path, compare=["host", "bigger"])
+    folder = run_folder(services, tmp_path, compare=["host", "bigger", "uniform"], compare_at="flops")
     code, told = train(folder, monkeypatch)
     assert code == 0
     summary = told[-1].summary
@@ -107,14 +107,31 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert summary["adaptations"]["started"] > 0
     assert summary["adaptations"]["fossilized"] == summary["adaptations"]["started"]
     assert summary["parameters"]["final"] > summary["parameters"]["host"]
-    assert all(0 <= summary["accuracy"][arm] <= 100 for arm in ("grown", "host", "bigger"))
+    arms = summary["arms"]
+    assert list(arms) == ["grown", "host", "bigger", "uniform"]
+    assert all(0 <= summary["accuracy"][arm] <= 100 for arm in arms)
+    spent = {name: arm["training_flops"] + arm["growth_flops"] for name, arm in arms.items()}
+    for name in ("host", "bigger"):
+        step = 3 * arms[name]["flops"] * 40
+        assert abs(spent[name] - spent["grown"]) <= step / 2
+    assert arms["host"]["steps"] > arms["grown"]["steps"] > arms["bigger"]["steps"]
+    # Grown by itself, alike in all layers, to no more than the run's final cost.
+    assert arms["uniform"]["steps"] == arms["grown"]["steps"]
+    assert arms["host"]["flops"] < arms["uniform"]["flops"] <= arms["grown"]["flops"]
+    lines = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    policies = {line["arm"]: line["policy"] for line in lines if line["decision"]}
+    assert policies == {"grown": "policies/utilization@1", "uniform": "policies/uniform@1"}
+    # The run's own story is not touched.
+    assert len(json.loads((folder / "lineage.json").read_text())["seeds"]) == summary["adaptations"]["started"]
+    assert (folder / "lineage-uniform.json").exists()
+    assert summary["start_accuracy"] is None
     assert summary["flops"]["growth"] > 0
     assert summary["events"]["published"] > 0
     assert summary["events"]["dropped"] == 0
     assert {seed["state"] for seed in summary["seeds"]} == {"FOSSILIZED"}
     assert (Path(summary["export"]) / "weights.safetensors").exists()
     states = [message.state for message in told if isinstance(message, StatusProgress)]
-    assert states == ["starting", "ready", "training", "comparing", "comparing"]
+    assert states == ["starting", "ready", "training", "comparing", "comparing", "comparing"]
     assert {"config.yaml", "journal.jsonl", "metrics.jsonl", "decisions.jsonl", "lineage.json"} <= {
         entry.name for entry in folder.iterdir()
     }
@@ -128,6 +145,37 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert again[-1].summary["accuracy"] == summary["accuracy"]
     assert again[-1].summary["seeds"] == summary["seeds"]
     assert {message.arm for message in again if message.kind == "epoch"} == {"bigger"}
+
+
+def test_a_trained_host_is_extended(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first").mkdir()
+    first = run_folder(services, tmp_path / "first", growth={"enabled": False})
+    code, told = train(first, monkeypatch)
+    assert code == 0
+    weights = first / "export" / "weights.safetensors"
+    trained = told[-1].summary["arms"]["grown"]
+
+    folder = run_folder(
+        services,
+        tmp_path,
+        model={"weights": str(weights)},
+        growth={"window": [0.0, 0.2], "decisions": 1, "wait_for_kernel": False},
+        compare=["host", "bigger", "uniform"],
+    )
+    code, told = train(folder, monkeypatch)
+    assert code == 0
+    summary = told[-1].summary
+    # It begins as what was trained, and grows before the first step.
+    assert summary["start_accuracy"] == pytest.approx(trained["validation_accuracy"])
+    decisions = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["epoch"], line["step"]) for line in decisions] == [("grown", 0, 0), ("uniform", 0, 0)]
+    assert summary["adaptations"]["started"] > 0
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert {seed["birth_step"] for seed in lineage["seeds"]} == {0}
+    # The host goes on from the same weights, its final shape starts anew.
+    starts = {name: arm["start_accuracy"] for name, arm in summary["arms"].items()}
+    assert starts["host"] == starts["uniform"] == starts["grown"] == summary["start_accuracy"]
+    assert starts["bigger"] is None
 
 
 def test_interrupted_and_resumed_as_a_process(
@@ -174,7 +222,7 @@ def test_a_caller_stops_the_run(services: Services, tmp_path: Path, monkeypatch:
     assert code == 0
     summary = told[-1].summary
     assert (summary["status"], summary["reason"]) == ("stopped", "enough")
-    assert summary["accuracy"] == {"grown": None, "host": None, "bigger": None}
+    assert summary["accuracy"] == {"grown": None, "host": None, "bigger": None, "uniform": None}
     assert summary["flops"] == {"training": None, "growth": None}
 
 

@@ -218,6 +218,11 @@ class GrowthConfig(Section):
         default=False,
         description="Benchmarks only: hold the step until the kernel is there; compile time cannot change the result.",
     )
+    start_wait_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="With model.weights and a window from 0: how long the first step waits for the first kernels.",
+    )
     kernel_timeout_epochs: int = Field(
         default=5, ge=1, description="A germinated seed without a kernel is cancelled after this many epochs."
     )
@@ -451,9 +456,15 @@ class EsperConfig(Section):
     training: TrainingConfig = TrainingConfig()
     growth: GrowthConfig = GrowthConfig()
     governor: GovernorConfig = GovernorConfig()
-    compare: list[Literal["host", "bigger"]] = Field(
+    compare: list[Literal["host", "bigger", "uniform"]] = Field(
         default_factory=list,
-        description="Controls trained beside the run: the host without growth, the final shape from scratch.",
+        description="Controls trained after the run: host (without growth; with model.weights: trained on), bigger "
+        "(the final shape from scratch), uniform (grown at the same moments to the same cost, all layers alike).",
+    )
+    compare_at: Literal["epochs", "flops"] = Field(
+        default="epochs",
+        description="How long host and bigger train: as many epochs as the run, or until they have spent as many FLOPs "
+        "as it, those of growth included.",
     )
     services: ServicesConfig = ServicesConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
