@@ -1,4 +1,4 @@
-"""Accuracy on held-out images, and what a seed is worth there. Nothing here draws a random number or trains."""
+"""The score on held-out images, and what a seed is worth there. Nothing here draws a random number or trains."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from services.kasmina.model import Contribution
 from services.tolaria.data.splits import Normalization, Split
+from services.tolaria.task import Objective
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Per image: ``correct``, bool [N], and cross entropy ``losses``, float32 [N]. ``flops`` is what it cost."""
+    """Per image: ``scores`` from 0 to 1, bool (right or wrong) or floating [N], and ``losses``, float32 [N].
 
-    correct: Tensor
+    ``flops`` is what it cost.
+    """
+
+    scores: Tensor
     losses: Tensor
     flops: float
 
     @property
     def accuracy(self) -> float:
-        """Percent."""
-        return 100.0 * float(self.correct.double().mean())
+        """Mean score, percent: with classes the share that is right."""
+        return 100.0 * float(self.scores.double().mean())
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy."""
+        """Mean loss."""
         return float(self.losses.double().mean())
 
 
@@ -47,26 +50,32 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(
-    model: nn.Module, split: Split, normalization: Normalization, *, batch_size: int, flops_per_sample: int
+    model: nn.Module,
+    split: Split,
+    normalization: Normalization,
+    objective: Objective,
+    *,
+    batch_size: int,
+    flops_per_sample: int,
 ) -> Evaluation:
     """Judge ``model`` on ``split`` in evaluation mode, float32, without gradients."""
-    correct, losses = [], []
+    scores, losses = [], []
     with evaluation_mode(model), torch.no_grad():
         for first in range(0, len(split), batch_size):
             labels = split.labels[first : first + batch_size]
-            logits = model(normalization(split.images[first : first + batch_size])).float()
-            losses.append(F.cross_entropy(logits, labels, reduction="none"))
-            correct.append(logits.argmax(dim=1) == labels)
-    return Evaluation(torch.cat(correct), torch.cat(losses), float(flops_per_sample) * len(split))
+            outputs = model(normalization(split.images[first : first + batch_size])).float()
+            losses.append(objective.losses(outputs, labels))
+            scores.append(objective.scores(outputs, labels))
+    return Evaluation(torch.cat(scores), torch.cat(losses), float(flops_per_sample) * len(split))
 
 
 def contribution(with_seed: Evaluation, without_seed: Evaluation, confidence: float) -> Contribution:
     """Points of accuracy that the seed adds, from the same weights on the same images.
 
-    Paired: the interval is the normal approximation over the per-image differences of correctness, each -1, 0 or 1.
+    Paired: the interval is the normal approximation over the per-image differences of the score.
     A single image has no spread and raises ValueError.
     """
-    difference = with_seed.correct.double() - without_seed.correct.double()
+    difference = with_seed.scores.double() - without_seed.scores.double()
     samples = len(difference)
     if samples < 2:
         raise ValueError("a contribution needs two images or more")

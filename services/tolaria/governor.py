@@ -33,10 +33,10 @@ class Instability:
 
 @dataclass
 class Governor:
-    """Judges one arm. ``classes`` gives the accuracy of chance."""
+    """Judges one arm. ``chance`` is the accuracy of guessing, percent."""
 
     config: GovernorConfig
-    classes: int
+    chance: float
     rollbacks: int = 0
     best_accuracy: float = 0.0
     _losses: deque[float] = field(default_factory=deque)
@@ -83,9 +83,8 @@ class Governor:
 
     def observe_accuracy(self, accuracy: float) -> Instability | None:
         """Judge a validation accuracy, percent: a fall back to chance is a collapse."""
-        chance = 100.0 / self.classes
         best, self.best_accuracy = self.best_accuracy, max(self.best_accuracy, accuracy)
-        if self.config.enabled and best > _ABOVE_CHANCE * chance and accuracy <= _CHANCE_MARGIN * chance:
+        if self.config.enabled and best > _ABOVE_CHANCE * self.chance and accuracy <= _CHANCE_MARGIN * self.chance:
             return Instability(f"validation accuracy fell from {best:.1f} % to {accuracy:.1f} %, which is chance")
         return None
 

@@ -25,7 +25,7 @@ from services.chassis.telemetry import Telemetry
 from services.kasmina.kernel_cache import KernelCache
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SeedRecord
-from services.tolaria import controls, device, models
+from services.tolaria import controls, device, models, task
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
 from services.tolaria.errors import ExportError
@@ -67,9 +67,9 @@ class Session:
         self._telemetry = telemetry
         self._resume = resume
         self._device = device.choose(config.training)
-        self._data = splits.load(config.data, config.run.seed).to(self._device)
-        # Once, so that a wrong host is told of before anything is started; each arm builds its own.
-        self._build_host()
+        self._data = splits.load(config.data, config.run.seed, task.load(config.task)).to(self._device)
+        # Once, so that a wrong host or task is told of before anything is started; each arm builds its own host.
+        self._check_task(self._build_host())
         self._shelf = KernelShelf(
             run_dir / "kernels",
             KernelCache(config.growth.kernel_cache_bytes),
@@ -160,6 +160,11 @@ class Session:
         )
         self._done[name] = asdict(trainer.train())
         self._write_arms()
+
+    def _check_task(self, model: torch.nn.Module) -> None:
+        if self._data.task is not None:
+            few = self._data.training.select(torch.arange(min(self._config.data.batch_size, len(self._data.training))))
+            self._data.task.check(model.to(self._device), self._data.normalization(few.images), few.labels)
 
     def _build_host(self) -> torch.nn.Module:
         return models.build_host(self._config.model, self._data, self._config.run.seed)

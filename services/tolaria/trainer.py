@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esper.tolaria.v1 import run_pb2
 from services.chassis.config.schema import EsperConfig
@@ -43,6 +42,7 @@ from services.tolaria.reporting import EpochRecord, RunReporter
 from services.tolaria.schedule import Schedule
 from services.tolaria.seeds import derive
 from services.tolaria.step_times import StepTimes
+from services.tolaria.task import Classification, Objective
 
 _SHOW_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.5
@@ -148,6 +148,7 @@ class TolariaTrainer:
         self.data = data
         self.batches = Batches(data.training, data.normalization, config.data, config.run.seed)
         self.test_set = data.locked_test_set()
+        self.objective: Objective = data.task or Classification(data.classes, config.training.optimizer.label_smoothing)
 
         # Its clock and schedule.
         self.total_steps = total_steps or config.training.epochs * self.batches.per_epoch
@@ -164,7 +165,7 @@ class TolariaTrainer:
         # Who else has a say.
         self.mesh = mesh
         self.journal = journal
-        self.governor = Governor(config.governor, data.classes)
+        self.governor = Governor(config.governor, 100.0 * self.objective.chance)
         self.interrupt = interrupt
         self.coordinator = AdaptationCoordinator(
             run=run,
@@ -284,9 +285,8 @@ class TolariaTrainer:
         """One optimizer step, or a rollback if its loss says so."""
         batch = self.batches.at(self.epoch, self.step % self.batches.per_epoch)
         with self._precision():
-            logits = self.model(batch.images)
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.training.optimizer.label_smoothing)
-            own_loss = self.engine.auxiliary_loss(batch.labels)
+            loss = self.objective.step(self.model, batch.images, batch.labels)
+            own_loss = self.engine.auxiliary_loss(batch.labels, self.objective.own_loss)
         value = float(loss.detach())
         if (unstable := self.governor.observe_loss(value)) is not None:
             self._roll_back(unstable)
@@ -391,6 +391,7 @@ class TolariaTrainer:
             self.model,
             self.data.validation,
             self.data.normalization,
+            self.objective,
             batch_size=self.config.data.evaluation_batch_size,
             flops_per_sample=self.flops,
         )
@@ -676,6 +677,7 @@ class TolariaTrainer:
             self.model,
             self.test_set.take(),
             self.data.normalization,
+            self.objective,
             batch_size=self.config.data.evaluation_batch_size,
             flops_per_sample=self.flops,
         )

@@ -23,7 +23,7 @@ from services.blueprints.spec import Blueprint
 from services.chassis.config.schema import EsperConfig
 from services.chassis.telemetry import setup
 from services.kasmina.kernel_cache import KernelCache
-from services.tolaria import models
+from services.tolaria import models, task
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
 from services.tolaria.data.splits import DataSet
@@ -213,7 +213,7 @@ class Harness:
         self.config = config
         self.policy = policy
         self.polls = polls
-        self.data: DataSet = splits.load(config.data, config.run.seed)
+        self.data: DataSet = splits.load(config.data, config.run.seed, task.load(config.task))
         self.keys = signature.generate_keypair(folder / "keys")
         self.interrupt = Interrupt()
         self.progress = HeardProgress()

@@ -30,6 +30,7 @@ from services.tolaria.governor import Governor
 from services.tolaria.journal import Clock, Journal
 from services.tolaria.optimizer import GrowingOptimizer
 from services.tolaria.schedule import Schedule
+from services.tolaria.task import Classification
 
 # ---- schedule ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ def test_evaluation_is_exact_and_leaves_modes_alone() -> None:
     split = Split(images, torch.arange(10) % 3)
     plain = Normalization(torch.zeros(1, 1), torch.ones(1, 1))
     before = copy.deepcopy(model.state_dict())
-    result = evaluate(model, split, plain, batch_size=4, flops_per_sample=7)
+    result = evaluate(model, split, plain, Classification(3), batch_size=4, flops_per_sample=7)
     assert [module.training for module in model] == [True, False, True, True]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with evaluation_mode(model), torch.no_grad():
@@ -246,19 +247,19 @@ def noisy_losses(count: int) -> Iterator[float]:
 
 
 def test_governor_is_quiet_while_a_noisy_loss_falls() -> None:
-    governor = Governor(GovernorConfig(), classes=10)
+    governor = Governor(GovernorConfig(), chance=10.0)
     assert all(governor.observe_loss(loss) is None for loss in noisy_losses(600))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_governor_sees_nan_at_once(bad: float) -> None:
-    unstable = Governor(GovernorConfig(), classes=10).observe_loss(bad)
+    unstable = Governor(GovernorConfig(), chance=10.0).observe_loss(bad)
     assert unstable is not None
     assert "the loss is" in unstable.reason
 
 
 def test_governor_needs_patience_for_spikes() -> None:
-    governor = Governor(GovernorConfig(patience_steps=3), classes=10)
+    governor = Governor(GovernorConfig(patience_steps=3), chance=10.0)
     for loss in noisy_losses(60):
         governor.observe_loss(loss)
     assert governor.observe_loss(50.0) is None
@@ -274,7 +275,7 @@ def test_governor_needs_patience_for_spikes() -> None:
 def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
     """Against the definition, worked out anew from the whole window at each step."""
     config = GovernorConfig(window_steps=window, spike_sigmas=3.0, patience_steps=2)
-    governor = Governor(config, classes=10)
+    governor = Governor(config, chance=10.0)
     kept: list[float] = []
     spikes = told = normal = 0
     for step, loss in enumerate(noisy_losses(400)):
@@ -300,7 +301,7 @@ def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
 
 
 def test_governor_sees_collapse_to_chance() -> None:
-    governor = Governor(GovernorConfig(), classes=10)
+    governor = Governor(GovernorConfig(), chance=10.0)
     assert governor.observe_accuracy(10.0) is None  # never was better than chance
     assert governor.observe_accuracy(80.0) is None
     unstable = governor.observe_accuracy(10.5)
@@ -309,18 +310,18 @@ def test_governor_sees_collapse_to_chance() -> None:
 
 
 def test_governor_can_be_switched_off_and_has_patience() -> None:
-    off = Governor(GovernorConfig(enabled=False), classes=10)
+    off = Governor(GovernorConfig(enabled=False), chance=10.0)
     assert off.observe_loss(math.nan) is None
     off.observe_accuracy(90.0)
     assert off.observe_accuracy(10.0) is None
-    governor = Governor(GovernorConfig(max_rollbacks=1), classes=10)
+    governor = Governor(GovernorConfig(max_rollbacks=1), chance=10.0)
     assert not governor.patience_spent
     governor.rollbacks = 1
     assert governor.patience_spent
 
 
 def test_governor_state_comes_back() -> None:
-    one, two = Governor(GovernorConfig(), classes=10), Governor(GovernorConfig(), classes=10)
+    one, two = Governor(GovernorConfig(), chance=10.0), Governor(GovernorConfig(), chance=10.0)
     for loss in noisy_losses(40):
         one.observe_loss(loss)
     one.observe_loss(99.0)

@@ -116,6 +116,16 @@ class ModelConfig(Section):
         return _needs_factory(self)
 
 
+class TaskConfig(Section):
+    """What the network is trained for."""
+
+    factory: FactoryPath | None = Field(
+        default=None,
+        description="package.module:callable() -> services.tolaria.task.Task, an own loss and score; "
+        "null: tell the classes of the data apart.",
+    )
+
+
 class OptimizerConfig(Section):
     """How weights are updated; the schedule is warm-up, then linear decay."""
 
@@ -452,6 +462,7 @@ class EsperConfig(Section):
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     growth: GrowthConfig = GrowthConfig()
@@ -468,6 +479,14 @@ class EsperConfig(Section):
     )
     services: ServicesConfig = ServicesConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _a_task_smooths_itself(self) -> Self:
+        if self.task.factory is not None and self.training.optimizer.label_smoothing:
+            raise ValueError(
+                "training.optimizer.label_smoothing belongs to the default task: with task.factory set it to 0"
+            )
+        return self
 
     @field_validator("compare")
     @classmethod

@@ -19,6 +19,7 @@ from services.tolaria.data import cifar, digits
 from services.tolaria.errors import DataError, FactoryError, TestSetTouchedError
 from services.tolaria.factories import load_factory
 from services.tolaria.seeds import derive
+from services.tolaria.task import UserTask
 
 #: Where the official files are looked for when data.data_dir is not set.
 DEFAULT_DATA_DIR: Final = Path("data")
@@ -26,7 +27,7 @@ DEFAULT_DATA_DIR: Final = Path("data")
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images, uint8 or float32 [N, ...], and labels, int64 [N]."""
+    """Images, uint8 or float32 [N, ...], and labels, int64 [N] (with a task of the user's: its targets, [N, ...])."""
 
     images: Tensor
     labels: Tensor
@@ -92,13 +93,18 @@ class LockedTestSet:
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """What a run trains on. ``classes`` counts the labels; ``input_shape`` is one sample without the batch."""
+    """What a run trains on, and what for.
+
+    ``classes`` is how many numbers the network puts out per sample: one per class of the labels, or what ``task`` says.
+    ``task`` is the user's own; None: to tell the classes apart.
+    """
 
     training: Split
     validation: Split
     normalization: Normalization
     classes: int
     read_test: Callable[[], Split]
+    task: UserTask | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -113,6 +119,7 @@ class DataSet:
             self.normalization.to(device),
             self.classes,
             lambda: self.read_test().to(device),
+            self.task,
         )
 
     def locked_test_set(self) -> LockedTestSet:
@@ -120,13 +127,14 @@ class DataSet:
         return LockedTestSet(self.read_test)
 
 
-def load(config: DataConfig, seed: int) -> DataSet:
+def load(config: DataConfig, seed: int, task: UserTask | None = None) -> DataSet:
     """Read the data set that ``config`` names and split it.
 
-    ``seed`` is the run's root seed: the validation split has a generator of its own.
+    ``seed`` is the run's root seed: the validation split has a generator of its own. ``task`` is the user's, if any:
+    the labels are then its targets, of any shape, int64 or float32.
     Raises DataMissingError, DataCorruptError, DataError or FactoryError.
     """
-    training, read_test = _READERS[config.name](config)
+    training, read_test = _READERS[config.name](config, task is not None)
     if config.limit is not None:
         training = training.select(torch.arange(min(config.limit, len(training))))
     if (config.flip or config.translate) and training.images.dim() != 4:
@@ -142,8 +150,8 @@ def load(config: DataConfig, seed: int) -> DataSet:
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(derive(seed, "validation")))
     validation, rest = training.select(order[:held_out]), training.select(order[held_out:])
     # A class may be missing from either part; the training set as published names them all.
-    classes = int(training.labels.max()) + 1
-    return DataSet(rest, validation, Normalization.of(rest.images), classes, read_test)
+    outputs = int(training.labels.max()) + 1 if task is None else task.outputs
+    return DataSet(rest, validation, Normalization.of(rest.images), outputs, read_test, task)
 
 
 def _split(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Split:
@@ -151,7 +159,7 @@ def _split(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Split:
     return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()))
 
 
-def _read_digits(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
+def _read_digits(config: DataConfig, any_targets: bool) -> tuple[Split, Callable[[], Split]]:
     everything = _split(*digits.read(digits.find_file()))
     border = len(everything) - digits.TEST_COUNT
     return (
@@ -160,32 +168,38 @@ def _read_digits(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
     )
 
 
-def _read_cifar(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
+def _read_cifar(config: DataConfig, any_targets: bool) -> tuple[Split, Callable[[], Split]]:
     layout = cifar.LAYOUTS[config.name]
     data_dir = config.data_dir or DEFAULT_DATA_DIR
     return _split(*cifar.read_training(layout, data_dir)), lambda: _split(*cifar.read_test(layout, data_dir))
 
 
-def _read_factory(config: DataConfig) -> tuple[Split, Callable[[], Split]]:
+def _read_factory(config: DataConfig, any_targets: bool) -> tuple[Split, Callable[[], Split]]:
     assert config.factory is not None, "the configuration refuses name: factory without one"
     parts = load_factory(config.factory, "data.factory")(config.data_dir)
     if not isinstance(parts, tuple) or len(parts) != 4:
         raise FactoryError(
             f"data.factory {config.factory} must return (train_images, train_labels, test_images, test_labels)"
         )
-    training = _checked(config.factory, "training", parts[0], parts[1])
-    test = _checked(config.factory, "test", parts[2], parts[3])
+    training = _checked(config.factory, "training", parts[0], parts[1], any_targets)
+    test = _checked(config.factory, "test", parts[2], parts[3], any_targets)
     return training, lambda: test
 
 
-def _checked(factory: str, what: str, images: Any, labels: Any) -> Split:
+def _checked(factory: str, what: str, images: Any, labels: Any, any_targets: bool) -> Split:
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     if images.dtype not in (torch.uint8, torch.float32) or images.dim() < 2:
         raise FactoryError(
             f"data.factory {factory}: {what} images must be uint8 or float32 [N, ...], "
             f"not {images.dtype} of shape {tuple(images.shape)}"
         )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or int(labels.min()) < 0:
+    if any_targets:
+        if labels.dtype not in (torch.int64, torch.float32) or labels.shape[:1] != images.shape[:1]:
+            raise FactoryError(
+                f"data.factory {factory}: {what} targets must be int64 or float32 [{len(images)}, ...], "
+                f"not {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+    elif labels.dtype != torch.int64 or labels.shape != images.shape[:1] or int(labels.min()) < 0:
         raise FactoryError(
             f"data.factory {factory}: {what} labels must be int64 [{len(images)}] counting from 0, "
             f"not {labels.dtype} of shape {tuple(labels.shape)}"
@@ -193,7 +207,7 @@ def _checked(factory: str, what: str, images: Any, labels: Any) -> Split:
     return Split(images, labels)
 
 
-_READERS: Final[dict[str, Callable[[DataConfig], tuple[Split, Callable[[], Split]]]]] = {
+_READERS: Final[dict[str, Callable[[DataConfig, bool], tuple[Split, Callable[[], Split]]]]] = {
     "digits": _read_digits,
     "cifar10": _read_cifar,
     "cifar100": _read_cifar,
