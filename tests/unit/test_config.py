@@ -279,7 +279,7 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 def test_the_template_says_which_values_there_are() -> None:
     text = template()
     assert "  # Which data set. One of digits, cifar10, cifar100, factory.\n  name: digits\n" in text
-    assert "from scratch. Any of host, bigger.\ncompare: []\n" in text
+    assert "bigger, uniform.\ncompare: []\n" in text
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
