@@ -345,8 +345,7 @@ class AdaptationCoordinator:
         return self.follow(transitions, epoch)
 
     def _apply_command(self, entry: Entry, epoch: int) -> bool:
-        content = entry.content["command"]
-        command = Command(**{**content, "kind": CommandKind(content["kind"])})
+        command = Command.from_json(entry.content["command"])
         self._story.blueprints |= entry.content["blueprints"]
         transitions: list[SeedTransition] = []
         step, seed = entry.clock.step, command.seed

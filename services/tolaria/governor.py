@@ -37,7 +37,9 @@ class Governor:
 
     config: GovernorConfig
     chance: float
+    #: All rollbacks of the run, callers' too: they are part of its clock. ``asked_for`` are callers' alone.
     rollbacks: int = 0
+    asked_for: int = 0
     best_accuracy: float = 0.0
     _losses: deque[float] = field(default_factory=deque)
     #: The same in ascending order: this is asked at every step, and sorting the window twice would be felt there.
@@ -89,12 +91,17 @@ class Governor:
         return None
 
     @property
+    def own_rollbacks(self) -> int:
+        """Rollbacks that nobody asked for."""
+        return self.rollbacks - self.asked_for
+
+    @property
     def patience_spent(self) -> bool:
         """Whether no further rollback is allowed."""
-        return self.rollbacks >= self.config.max_rollbacks
+        return self.own_rollbacks >= self.config.max_rollbacks
 
     def state(self) -> dict[str, object]:
-        """As JSON, for checkpoints and snapshots; ``rollbacks`` is not in it, because it outlives a rollback."""
+        """As JSON, for checkpoints and snapshots; counts of rollbacks are not in it: they outlive a rollback."""
         return {"losses": list(self._losses), "spikes": self._spikes, "best_accuracy": self.best_accuracy}
 
     def restore(self, losses: Sequence[float], spikes: int, best_accuracy: float) -> None:

@@ -91,6 +91,12 @@ class Journal:
         self.position += 1
         return entry
 
+    def knows(self, kind: str, command_id: str) -> bool:
+        """Whether that command of a caller was journaled as ``kind`` before: a gateway may pass one on again."""
+        return any(
+            entry.kind == kind and entry.content["command"]["command_id"] == command_id for entry in self._entries
+        )
+
     def close(self) -> None:
         """Close the file. Idempotent."""
         self._file.close()

@@ -119,6 +119,11 @@ class Command:
     seed: str = ""
     checkpoint: str = ""
 
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Command:
+        """The inverse of ``dataclasses.asdict``, out of the journal."""
+        return Command(**{**content, "kind": CommandKind(content["kind"])})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandResult:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ from services.tolaria.errors import CheckpointError, CheckpointWriteError, Train
 from services.tolaria.evaluation import Evaluation, contribution, evaluate
 from services.tolaria.governor import Governor, Instability
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
-from services.tolaria.journal import Clock, Journal
+from services.tolaria.journal import Clock, Entry, Journal
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.observation import Situation
 from services.tolaria.optimizer import GrowingOptimizer
@@ -224,6 +224,9 @@ class TolariaTrainer:
             self._start_trained()
         if self.last_good is None:
             self._remember()
+        if self.journal.replaying:
+            # A checkpoint that a caller asked for was written in the middle of a safe point: the rest of it comes now.
+            self._safe_point()
         while self.step < self.total_steps:
             self._train_epoch()
         links = [link_to(self._run_trace)]
@@ -438,6 +441,9 @@ class TolariaTrainer:
     def _safe_point(self, *, epoch_is_over: bool = False) -> None:
         """Apply what waits, obey commands, stop if asked to. The state after it is one that a run can go on from."""
         changed = self.coordinator.safe_point(self.clock, self.epoch)
+        while (entry := self.journal.next_at(self.clock, "rollback")) is not None:
+            self._apply_rollback(entry)
+            changed |= self.coordinator.safe_point(self.clock, self.epoch)
         if not self.journal.replaying:
             # What callers want now waits until what they wanted before the crash has been met again.
             for command in self.mesh.commands():
@@ -515,6 +521,7 @@ class TolariaTrainer:
             "environment": self.environment,
             "step": self.step,
             "rollbacks": self.governor.rollbacks,
+            "rollbacks_asked_for": self.governor.asked_for,
             "rate_scale": self.optimizer.rate_scale,
             "epoch_loss": self.epoch_loss,
             "accuracies": self.accuracies,
@@ -586,6 +593,7 @@ class TolariaTrainer:
                 "results will differ in the last bits",
             )
         self.governor.rollbacks = values["rollbacks"]
+        self.governor.asked_for = values["rollbacks_asked_for"]
         self.account = Account(**values["account"])
         self.journal.position = values["journal_position"]
         # The last good state may lie before the checkpoint; a resumed run must fall back to the same one.
@@ -626,7 +634,7 @@ class TolariaTrainer:
         if self.governor.patience_spent:
             raise TrainingFailedError(
                 f"training is unstable at step {from_step} ({unstable.reason}) "
-                f"after {self.governor.rollbacks} rollbacks; try a lower training.optimizer.learning_rate"
+                f"after {self.governor.own_rollbacks} rollbacks; try a lower training.optimizer.learning_rate"
             )
         self.restore(self.last_good)
         self.governor.rollbacks += 1
@@ -640,8 +648,10 @@ class TolariaTrainer:
         self._remember()
 
     def _roll_back_to_checkpoint(self, command: Command) -> None:
-        """A caller's rollback; refused when the checkpoint is not there."""
-        from_step, reason = self.step, command.reason or "asked for by a caller"
+        """A caller's rollback, journaled like all that changes a run; refused when the checkpoint is not there."""
+        if self.journal.knows("rollback", command.command_id):
+            self.reporter.answered(CommandResult(command=command, step=self.step, checkpoint_step=self.step))
+            return
         steps = self.checkpoints.steps() if self.checkpoints is not None else []
         wanted = int(command.checkpoint) if command.checkpoint else max(steps, default=-1)
         if self.checkpoints is None or wanted not in steps:
@@ -654,8 +664,17 @@ class TolariaTrainer:
                 )
             )
             return
-        self.restore(self.checkpoints.load(wanted))
+        content = {"command": asdict(command), "checkpoint": wanted}
+        self._apply_rollback(self.journal.append("rollback", self.clock, content))
+
+    def _apply_rollback(self, entry: Entry) -> None:
+        """Go back to the checkpoint that a journaled rollback names. Raises CheckpointError when it cannot be read."""
+        assert self.checkpoints is not None, "a rollback is journaled only where there are checkpoints"
+        command = Command.from_json(entry.content["command"])
+        from_step, reason = self.step, command.reason or "asked for by a caller"
+        self.restore(self.checkpoints.load(entry.content["checkpoint"]))
         self.governor.rollbacks += 1
+        self.governor.asked_for += 1
         self.checkpoints.discard_after(self.step)
         self._remember()
         # Saved at once, over the old one: a resume must not walk into the past that was taken back.

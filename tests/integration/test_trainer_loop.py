@@ -709,6 +709,66 @@ def test_a_caller_rolls_back_to_a_checkpoint(tmp_path: Path) -> None:
     assert trainer.governor.rollbacks >= 1
 
 
+@pytest.mark.parametrize("when", ["before it was saved", "later"])
+def test_a_resume_after_a_callers_rollback_equals_its_twin(tmp_path: Path, when: str) -> None:
+    back = Command(command_id="b", kind=CommandKind.ROLLBACK, checkpoint="9")
+    wish = Command(command_id="c", kind=CommandKind.GERMINATE, slot="groups.0.conv2", blueprint=WIDEN.id, size=1)
+    found = []
+    for name in ("twin", "resumed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        harness = Harness(folder, keep_config(), polls=1)
+        trainer = harness.trainer()
+        # A command behind the rollback is met after it, at the step that the run went back to.
+        commands = [back, wish] if when == "later" else [back]
+        command_at(trainer, harness, 24, *commands)
+        if name == "resumed":
+            save, step = trainer.save, trainer.train_step
+
+            def dying_save(trainer: TolariaTrainer = trainer, save: Any = save) -> bool:
+                if trainer.governor.rollbacks and when == "before it was saved":
+                    raise KeyboardInterrupt
+                return bool(save())
+
+            def dying_step(trainer: TolariaTrainer = trainer, step: Any = step) -> None:
+                if trainer.governor.rollbacks and trainer.step == 15:
+                    raise KeyboardInterrupt
+                step()
+
+            trainer.save = dying_save  # type: ignore[method-assign]  # kill -9
+            trainer.train_step = dying_step  # type: ignore[method-assign]  # the same, later
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.journal.close()
+            trainer = harness.trainer()
+            trainer.resume()
+            assert trainer.governor.rollbacks == (when == "later")
+            command_at(trainer, harness, 30, back)  # the gateway passes it on again
+        trainer.train()
+        assert trainer.governor.rollbacks == trainer.governor.asked_for == 1
+        assert len(trainer.engine.seeds()) == len(commands) - 1
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+def test_what_follows_a_checkpoint_at_its_own_safe_point_is_replayed(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, keep_config(), polls=1)
+    trainer = harness.trainer()
+    wish = Command(command_id="c", kind=CommandKind.GERMINATE, slot="groups.0.conv2", blueprint=WIDEN.id, size=1)
+    stop = Command(command_id="s", kind=CommandKind.STOP)
+    command_at(trainer, harness, 13, Command(command_id="k", kind=CommandKind.CHECKPOINT), wish)
+    command_at(trainer, harness, 15, stop)
+    with pytest.raises(TrainingInterruptedError):
+        trainer.train()
+    trainer.journal.close()
+    CheckpointStore(tmp_path / "checkpoints", 5).discard_after(13)  # as if it had been killed instead
+    again = harness.trainer()
+    again.resume()
+    assert not again.engine.seeds()
+    again.train()
+    assert len(again.engine.seeds()) == 1
+
+
 # ---- the end -----------------------------------------------------------------------------------------------------
 
 
