@@ -89,6 +89,12 @@ def test_the_targets_that_pages_name_exist(folder: Path) -> None:
             run(f"make -n {target}", folder)
 
 
+def test_what_the_readme_runs_the_user_guide_runs_too() -> None:
+    guide = blocks("docs/user_guide.md")
+    assert [block for block in blocks("README.md") if block.language == "sh" and block.how != "make"]
+    assert all(block in guide for block in blocks("README.md") if block.language == "sh" and block.how != "make")
+
+
 def test_the_user_guide_runs_from_top_to_bottom(folder: Path) -> None:
     ran = 0
     for block in blocks("docs/user_guide.md"):
