@@ -67,6 +67,9 @@ class LayerInterface:
         weight_shape: Shape of its weight as of now.
         output_shape: Shape of one sample of its output, without the batch; empty where unknown (so are its FLOPs then).
         bias: Whether it has a bias vector (normalizations always do).
+        unit: Entries per channel of the slot: of the weight's first dimension for writers and followers, of the second
+            for readers. 0: what the shape says by itself, that is 1 for writers and followers, and for readers all
+            inputs in equal shares.
     """
 
     path: str
@@ -74,16 +77,18 @@ class LayerInterface:
     weight_shape: tuple[int, ...]
     output_shape: tuple[int, ...] = ()
     bias: bool = False
+    unit: int = 0
 
     def to_json(self) -> dict[str, JsonValue]:
-        """As JSON; :meth:`from_json` is the inverse."""
-        return {
+        """As JSON; :meth:`from_json` is the inverse. ``unit`` is there only where it says something."""
+        value: dict[str, JsonValue] = {
             "path": self.path,
             "operation": self.operation.value,
             "weight_shape": list(self.weight_shape),
             "output_shape": list(self.output_shape),
             "bias": self.bias,
         }
+        return value | {"unit": self.unit} if self.unit else value
 
     @classmethod
     def from_json(cls, value: JsonValue, where: str = "layer") -> Self:
@@ -92,13 +97,15 @@ class LayerInterface:
         Raises:
             SpecError: A field is missing, unknown, of the wrong type or out of range.
         """
-        fields = _object(value, where, ("path", "operation", "weight_shape", "output_shape", "bias"))
+        names = ("path", "operation", "weight_shape", "output_shape", "bias")
+        fields = _object(value, where, names, ("unit",))
         return cls(
             path=_text(fields["path"], f"{where}.path"),
             operation=_member(Operation, fields["operation"], f"{where}.operation"),
             weight_shape=_shape(fields["weight_shape"], f"{where}.weight_shape"),
             output_shape=_shape(fields["output_shape"], f"{where}.output_shape", may_be_empty=True),
             bias=_boolean(fields["bias"], f"{where}.bias"),
+            unit=integer(fields.get("unit", 0), f"{where}.unit", 0, MAX_DIMENSION),
         )
 
 
@@ -323,15 +330,17 @@ def scalars(value: JsonValue, where: str) -> dict[str, Scalar]:
     return cast("dict[str, Scalar]", dict(value))
 
 
-def _object(value: JsonValue, where: str, names: tuple[str, ...]) -> dict[str, JsonValue]:
+def _object(
+    value: JsonValue, where: str, names: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, JsonValue]:
     if not isinstance(value, dict):
         raise SpecError(where, f"must be an object, is {_kind(value)}")
     for name in names:
         if name not in value:
             raise SpecError(f"{where}.{name}", "is missing")
     for name in value:
-        if name not in names:
-            raise SpecError(f"{where}.{name[:64]}", f"is unknown; known are {', '.join(names)}")
+        if name not in names + optional:
+            raise SpecError(f"{where}.{name[:64]}", f"is unknown; known are {', '.join(names + optional)}")
     return value
 
 

@@ -16,13 +16,21 @@ from enum import StrEnum
 class Operation(StrEnum):
     """Operations of layers, spelled as in the contract's ``LayerInterface.operation``."""
 
+    CONV1D = "conv1d"
     CONV2D = "conv2d"
+    CONV3D = "conv3d"
+    DEPTHWISE_CONV1D = "depthwise_conv1d"
     DEPTHWISE_CONV2D = "depthwise_conv2d"
+    DEPTHWISE_CONV3D = "depthwise_conv3d"
     LINEAR = "linear"
-    BATCH_NORM2D = "batch_norm2d"
+    PARAMETER = "parameter"
+    """A tensor of the network's own that is added to channels or multiplied with them, e.g. a position embedding."""
     BATCH_NORM1D = "batch_norm1d"
+    BATCH_NORM2D = "batch_norm2d"
+    BATCH_NORM3D = "batch_norm3d"
     GROUP_NORM = "group_norm"
     LAYER_NORM = "layer_norm"
+    RMS_NORM = "rms_norm"
     RELU = "relu"
     GELU = "gelu"
     SILU = "silu"
@@ -30,7 +38,21 @@ class Operation(StrEnum):
     FLATTEN = "flatten"
 
 
-NORMALIZATIONS = frozenset({Operation.BATCH_NORM2D, Operation.BATCH_NORM1D, Operation.GROUP_NORM, Operation.LAYER_NORM})
+CONVOLUTIONS = frozenset({Operation.CONV1D, Operation.CONV2D, Operation.CONV3D})
+"""Convolutions in which every output reads every input."""
+
+DEPTHWISE = frozenset({Operation.DEPTHWISE_CONV1D, Operation.DEPTHWISE_CONV2D, Operation.DEPTHWISE_CONV3D})
+"""Convolutions that filter each channel by itself."""
+
+NORMALIZATIONS = frozenset(
+    {
+        Operation.BATCH_NORM1D,
+        Operation.BATCH_NORM2D,
+        Operation.BATCH_NORM3D,
+        Operation.GROUP_NORM,
+        Operation.LAYER_NORM,
+    }
+)
 """Operations with one scale and one shift per channel."""
 
 ACTIVATIONS = frozenset({Operation.RELU, Operation.GELU, Operation.SILU, Operation.TANH})

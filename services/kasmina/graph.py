@@ -1,16 +1,14 @@
 """Where a network can grow: channel sets and spans, found without editing or training anything.
 
-The host is traced by ``torch.fx`` and run once on a small batch. Every dimension that a convolution or
-a linear layer writes gets a variable; variables that must stay equal (residual sums, normalizations,
-depthwise layers) are united; what mixes or fixes channels in a way we do not know *pins* them, with the
-reason. A set of channels that is written and read and not pinned is a WIDTH slot. A module that maps one
-tensor to one tensor is a SPAN. The traced graph is thrown away: fx is for analysis only.
+The host is traced by ``torch.fx`` and run once on a small batch, see :mod:`services.kasmina.propagation`. A set of
+channels that is written and read and not pinned is a WIDTH slot. A module that maps one tensor to one tensor is a
+SPAN. The traced graph is thrown away: fx is for analysis only.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,117 +20,94 @@ import torch
 from torch import Tensor, fx, nn
 
 from services.blueprints.vocabulary import Operation
+from services.kasmina.channels import Axis
 from services.kasmina.model import SPAN_PREFIX
+from services.kasmina.propagation import MULTIPLYING, NORMALIZING, Product, Propagation, Use
 
-NORMALIZATIONS: Mapping[type[nn.Module], Operation] = {
-    nn.BatchNorm1d: Operation.BATCH_NORM1D,
-    nn.BatchNorm2d: Operation.BATCH_NORM2D,
-}
-_MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMALIZING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
-
-# Modules that treat each element, or each channel's positions, alone.
-_POINTWISE_MODULES: frozenset[type[nn.Module]] = frozenset(
-    {
-        nn.Identity,
-        nn.ReLU,
-        nn.ReLU6,
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.CELU,
-        nn.SELU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Mish,
-        nn.Tanh,
-        nn.Sigmoid,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.Hardtanh,
-        nn.Softplus,
-        nn.Softsign,
-        nn.Dropout,
-    }
-)
-_POOLING_MODULES: frozenset[type[nn.Module]] = frozenset(
-    {
-        nn.MaxPool1d,
-        nn.MaxPool2d,
-        nn.MaxPool3d,
-        nn.AvgPool1d,
-        nn.AvgPool2d,
-        nn.AvgPool3d,
-        nn.AdaptiveAvgPool1d,
-        nn.AdaptiveAvgPool2d,
-        nn.AdaptiveAvgPool3d,
-        nn.AdaptiveMaxPool1d,
-        nn.AdaptiveMaxPool2d,
-        nn.AdaptiveMaxPool3d,
-        nn.Dropout2d,
-        nn.Upsample,
-        nn.ZeroPad2d,
-    }
-)
-_POINTWISE = frozenset(
-    {
-        "relu", "relu_", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "tanh", "sigmoid",
-        "hardswish", "hardsigmoid", "hardtanh", "softplus", "dropout", "neg", "abs", "exp", "sqrt", "square",
-        "clamp", "clamp_min", "clone", "contiguous", "detach", "float", "to", "type_as",
-    }
-)  # fmt: skip
-_POOLING = frozenset(
-    {
-        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "interpolate",
-    }
-)  # fmt: skip
-_BINARY = frozenset(
-    {"add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "truediv", "itruediv", "div", "div_"}
-)
-_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "logsumexp"})
-_RESHAPES = frozenset({"flatten", "view", "reshape", "squeeze", "unsqueeze"})
-_PRODUCTS = frozenset({"matmul", "bmm", "mm"})
+BLENDED = frozenset({Operation.LAYER_NORM, Operation.RMS_NORM})
+"""Followers whose statistics newborn channels would change at once: they come in by degrees."""
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
-    """Label of a dimension: ``factor`` consecutive entries for each channel of variable ``variable``."""
+class Part:
+    """Consecutive entries of one side of a layer.
 
-    variable: int
-    factor: int = 1
+    Attributes:
+        slot: Slot whose channels they are; ``None``: they are fixed.
+        factor: Entries per channel of the slot; entries in all where fixed.
+    """
 
+    slot: str | None
+    factor: int
 
-Labels = tuple[Axis | None, ...]
+    def entries(self, width: Callable[[str], int]) -> int:
+        """Entries, given the widths of slots."""
+        return self.factor if self.slot is None else self.factor * width(self.slot)
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A layer that touches WIDTH slots.
+    """A layer (or a Parameter of the model's own) that touches WIDTH slots.
 
     Attributes:
-        path: Module path in the host.
+        path: Module path in the host, or path of the Parameter.
         operation: What it does, of the closed vocabulary.
-        out_slot: Slot of its output channels (of its only channels for a follower); ``None``: fixed.
-        in_slot: Slot of its input channels; ``None``: fixed, or a follower.
-        factor: Input entries per input channel (more than 1 behind a flatten).
+        outputs: What its output channels are, in order: of a writer one part, of a follower as many as what it
+            follows has.
+        inputs: What its input channels are, in order: one part, or several behind a concatenation; empty for followers
+            and Parameters.
+        axis: Dimension of its weight that holds the output channels: 0 but for Parameters.
+        gain: A Parameter that multiplies channels.
     """
 
     path: str
     operation: Operation
-    out_slot: str | None
-    in_slot: str | None
-    factor: int = 1
+    outputs: tuple[Part, ...]
+    inputs: tuple[Part, ...]
+    axis: int = 0
+    gain: bool = False
+
+    @property
+    def out_slot(self) -> str | None:
+        """Slot of its output channels if they are of one; ``None`` otherwise."""
+        return self.outputs[0].slot if len(self.outputs) == 1 else None
+
+    @property
+    def in_slot(self) -> str | None:
+        """Slot of its input channels if they are of one; ``None`` otherwise."""
+        return self.inputs[0].slot if len(self.inputs) == 1 else None
+
+    def reads(self, slot: str) -> bool:
+        """Whether some of its inputs are channels of ``slot``."""
+        return any(part.slot == slot for part in self.inputs)
+
+    def writes(self, slot: str) -> bool:
+        """Whether some of its outputs are channels of ``slot``."""
+        return any(part.slot == slot for part in self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
 class WidthSlot:
-    """Channels that must change together. Paths are in forward order."""
+    """Channels that must change together. Paths are in forward order.
+
+    Attributes:
+        name: Path of the first layer that writes them.
+        width: How many there are.
+        writers: What writes them: layers, and Parameters that are added to them.
+        followers: What follows them one by one.
+        readers: What reads them.
+        unit: Entries of ``name``'s output per channel: more than 1 where channels are whole heads of an attention or
+            whole groups of a normalization.
+        blended: Whether a normalization over all channels follows them, so that newborns come in by degrees.
+    """
 
     name: str
     width: int
     writers: tuple[str, ...]
     followers: tuple[str, ...]
     readers: tuple[str, ...]
+    unit: int = 1
+    blended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +174,7 @@ class _Calls:
     inputs: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
     count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    arguments: dict[str, Tensor] = field(default_factory=dict)
     last: set[str] = field(default_factory=set)
 
 
@@ -214,6 +190,7 @@ def _observe(model: nn.Module, example: Tensor) -> _Calls:
                 calls.inputs[path].append(tuple(args[0].shape))
                 calls.outputs[path].append(tuple(output.shape))
                 results[path] = output
+                calls.arguments[path] = args[0]
 
         return hook
 
@@ -292,387 +269,73 @@ def _trains_alike(model: nn.Module, graph: fx.Graph, opaque: frozenset[str]) -> 
     return calls(training) == calls(graph)
 
 
-# ------------------------------------------------------------------ channel variables
-
-
-class _Channels:
-    """Union-find over channel variables, with the reason that pins a set."""
-
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._pins: dict[int, str] = {}
-
-    def new(self) -> Axis:
-        self._parent.append(len(self._parent))
-        return Axis(len(self._parent) - 1)
-
-    def find(self, variable: int) -> int:
-        while self._parent[variable] != variable:
-            self._parent[variable] = self._parent[self._parent[variable]]
-            variable = self._parent[variable]
-        return variable
-
-    def unite(self, one: int, other: int) -> None:
-        low, high = sorted((self.find(one), self.find(other)))
-        self._parent[high] = low
-        if high in self._pins:
-            self._pins.setdefault(low, self._pins[high])
-
-    def pin(self, labels: Sequence[Axis | None], reason: str) -> None:
-        for axis in labels:
-            if axis is not None:
-                self._pins.setdefault(self.find(axis.variable), reason)
-
-    def pinned(self, variable: int) -> str | None:
-        return self._pins.get(self.find(variable))
-
-
-@dataclass(slots=True)
-class _Use:
-    """One call of a layer, with the variables it writes, follows or reads."""
-
-    path: str
-    operation: Operation
-    out_axis: Axis | None
-    in_axis: Axis | None
-    follower: bool
-
-
-class _Propagation(fx.Interpreter):
-    """Runs the traced host on a small batch and labels every dimension of every value."""
-
-    def __init__(self, traced: fx.GraphModule, unfit: Mapping[str, str]) -> None:
-        super().__init__(traced, garbage_collect_values=False)
-        self.unfit = unfit
-        self.channels = _Channels()
-        self.labels: dict[fx.Node, Labels] = {}
-        self.uses: list[_Use] = []
-        self.fetched: set[str] = set()
-        self.free_flops = 0.0
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.labels[n] = self._label(n, result)
-        return result
-
-    # -------------------------------------------------- helpers
-
-    def _of(self, node: object) -> Labels:
-        return self.labels.get(node, ()) if isinstance(node, fx.Node) else ()
-
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        value = self.env[node]
-        return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-    def _pin_inputs(self, node: fx.Node, reason: str) -> None:
-        for source in node.all_input_nodes:
-            self.channels.pin(self._of(source), reason)
-
-    def _blank(self, result: object) -> Labels:
-        return (None,) * result.dim() if isinstance(result, Tensor) else ()
-
-    def _label(self, node: fx.Node, result: object) -> Labels:
-        if node.op == "output":
-            self._pin_inputs(node, "its channels are the model's output")
-            return ()
-        if node.op == "get_attr":
-            self.fetched.add(str(node.target))
-        if node.op in {"placeholder", "get_attr"}:
-            return self._blank(result)
-        if not isinstance(result, Tensor):
-            return self._label_other(node)
-        if node.op == "call_module":
-            return self._label_module(node, result)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        return self._label_function(node, result, name.rstrip("_") if name not in {"add_", "relu_"} else name)
-
-    def _label_other(self, node: fx.Node) -> Labels:
-        """Values that are no tensors: a width that the code reads as a number is fixed, except for reshapes."""
-        source = node.args[0] if node.args else None
-        if node.target in {operator.getitem, "size"} and isinstance(source, fx.Node) and len(node.args) == 2:
-            index = node.args[1]
-            if node.target is operator.getitem:
-                shape_of = source.args[0] if source.target in {getattr, "size"} and source.args else None
-            else:
-                shape_of = source
-            labels = self._of(shape_of)
-            if isinstance(index, int) and -len(labels) <= index < len(labels):
-                fixed = any(user.target not in _RESHAPES for user in node.users)
-                if fixed:
-                    self.channels.pin((labels[index],), "the model's code computes with its width")
-                return ()
-        if node.target in {getattr, "size", "dim"} or not node.all_input_nodes:
-            return ()
-        self._pin_inputs(node, f"passes through {_name_of(node)}, which is not known to treat channels one by one")
-        return ()
-
-    # -------------------------------------------------- modules
-
-    def _label_module(self, node: fx.Node, result: Tensor) -> Labels:
-        path = str(node.target)
-        module = self.submodules[path]
-        kind = type(module)
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        labels = self._of(source)
-        if isinstance(source, fx.Node) and labels:
-            if kind is nn.Conv2d and len(labels) == 4:
-                return self._label_convolution(path, module, labels, result)
-            if kind is nn.Linear:
-                axis = self.channels.new()
-                self._use(path, Operation.LINEAR, axis, labels[-1], follower=False)
-                return (*labels[:-1], axis)
-            if kind in NORMALIZATIONS:
-                return self._label_normalization(path, NORMALIZATIONS[kind], labels)
-            if kind in _POINTWISE_MODULES:
-                return labels
-            if kind in _POOLING_MODULES:
-                return self._pool(labels, result, path)
-            if kind is nn.Flatten:
-                return self._regroup(self._shape(source), labels, result, path)
-        reason = self.unfit.get(path) or _module_reason(kind)
-        self._pin_inputs(node, f"passes through {path}: {reason}")
-        if isinstance(module, nn.MultiheadAttention) and isinstance(source := node.args[0], fx.Node):
-            tokens, features = self._shape(source)[-2:]
-            self.free_flops += 8.0 * tokens * features**2 + 4.0 * tokens**2 * features
-        return self._blank(result)
-
-    def _use(
-        self, path: str, operation: Operation, out_axis: Axis | None, in_axis: Axis | None, *, follower: bool
-    ) -> None:
-        self.uses.append(_Use(path, operation, out_axis, in_axis, follower))
-        reason = self.unfit.get(path)
-        if reason is not None:
-            self.channels.pin((out_axis, in_axis), f"{path}: {reason}")
-
-    def _label_convolution(self, path: str, module: nn.Module, labels: Labels, result: Tensor) -> Labels:
-        convolution = cast("nn.Conv2d", module)
-        self.channels.pin(labels[2:], f"{path} convolves along it")
-        incoming = labels[1]
-        if incoming is not None and incoming.factor != 1:
-            self.channels.pin((incoming,), f"{path} reads it after a flatten")
-        if convolution.groups > 1 and convolution.groups == convolution.in_channels == convolution.out_channels:
-            self._use(path, Operation.DEPTHWISE_CONV2D, incoming, None, follower=True)
-            return (labels[0], incoming, *(None,) * (result.dim() - 2))
-        axis = self.channels.new()
-        self._use(path, Operation.CONV2D, axis, incoming, follower=False)
-        if convolution.groups > 1:
-            self.channels.pin((incoming, axis), f"{path} is a grouped convolution")
-        return (labels[0], axis, *(None,) * (result.dim() - 2))
-
-    def _label_normalization(self, path: str, operation: Operation, labels: Labels) -> Labels:
-        axis = labels[1]
-        if axis is not None and axis.factor != 1:
-            self.channels.pin((axis,), f"{path} normalizes it after a flatten")
-        self._use(path, operation, axis, None, follower=True)
-        return labels
-
-    # -------------------------------------------------- functions and methods
-
-    def _label_function(self, node: fx.Node, result: Tensor, name: str) -> Labels:
-        source = node.args[0] if node.args else None
-        labels = self._of(source)
-        if name in _BINARY:
-            return self._broadcast(node, result)
-        if isinstance(source, fx.Node) and labels:
-            if name in _POINTWISE and len(labels) == result.dim():
-                return labels
-            if name in _POOLING:
-                return self._pool(labels, result, _name_of(node))
-            if name in _REDUCTIONS:
-                return self._reduce(node, labels, result)
-            if name in _RESHAPES:
-                return self._reshape(node, self._shape(source), labels, result, name)
-            if name == "getitem":
-                return self._index(node, labels, result)
-            if name in {"permute", "transpose"}:
-                return self._permute(node, labels, name)
-        if name in {"conv2d", "linear"} and isinstance(node.args[1], fx.Node):
-            weight = cast("Tensor", self.env[node.args[1]])
-            self.free_flops += 2.0 * result.numel() * weight[0].numel() / result.shape[0]
-        if name in _PRODUCTS and isinstance(source, fx.Node):
-            self.free_flops += 2.0 * result.numel() * self._shape(source)[-1] / result.shape[0]
-        if name == "scaled_dot_product_attention" and isinstance(node.args[1], fx.Node):
-            keys = self._shape(node.args[1])[-2]
-            self.free_flops += 4.0 * result.numel() * keys / result.shape[0]
-        self._pin_inputs(node, f"passes through {_name_of(node)}, which is not known to treat channels one by one")
-        return self._blank(result)
-
-    def _broadcast(self, node: fx.Node, result: Tensor) -> Labels:
-        out: list[Axis | None] = list(self._blank(result))
-        for source in node.all_input_nodes:
-            labels, shape = self._of(source), self._shape(source)
-            for back in range(1, len(shape) + 1):
-                axis = labels[-back]
-                if axis is None and shape[-back] == 1:
-                    continue
-                present = out[-back]
-                if axis is not None and present is not None:
-                    self.channels.unite(axis.variable, present.variable)
-                    if axis.factor != present.factor:
-                        self.channels.pin((axis,), f"{_name_of(node)} combines different layouts of it")
-                out[-back] = axis or present
-        for source in node.all_input_nodes:
-            labels, shape = self._of(source), self._shape(source)
-            for back in range(1, len(shape) + 1):
-                if labels[-back] is None and shape[-back] != 1:
-                    self.channels.pin((out[-back],), f"{_name_of(node)} combines it with channels that cannot grow")
-        return tuple(out)
-
-    def _pool(self, labels: Labels, result: Tensor, name: str) -> Labels:
-        if result.dim() != len(labels) or len(labels) < 3:
-            self.channels.pin(labels, f"{name} pools it without a batch dimension")
-            return self._blank(result)
-        self.channels.pin(labels[2:], f"{name} pools over it")
-        return (*labels[:2], *(None,) * (len(labels) - 2))
-
-    def _reduce(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if dims is None or not isinstance(dims, int | tuple | list):
-            reduced = set(range(len(labels)))
-        else:
-            chosen = [dims] if isinstance(dims, int) else [d for d in dims if isinstance(d, int)]
-            reduced = {d % len(labels) for d in chosen}
-        self.channels.pin([labels[d] for d in reduced], f"{_name_of(node)} reduces over it")
-        if result.dim() == len(labels):
-            return tuple(None if d in reduced else axis for d, axis in enumerate(labels))
-        return tuple(axis for d, axis in enumerate(labels) if d not in reduced)
-
-    def _reshape(self, node: fx.Node, shape: tuple[int, ...], labels: Labels, result: Tensor, name: str) -> Labels:
-        out = self._regroup(shape, labels, result, _name_of(node))
-        if name in {"view", "reshape"}:
-            first = node.args[1] if len(node.args) > 1 else node.kwargs.get("shape")
-            sizes = first if isinstance(first, tuple | list) else node.args[1:]
-            for axis, size in zip(out, sizes, strict=False):
-                if isinstance(size, int) and size != -1:
-                    self.channels.pin((axis,), f"{_name_of(node)} reshapes it to a fixed size")
-        return out
-
-    def _regroup(self, shape: tuple[int, ...], labels: Labels, result: Tensor, name: str) -> Labels:
-        """Labels behind a reshape: a channel dimension may take up the ones behind it, nothing else."""
-        out: list[Axis | None] = list(self._blank(result))
-        for sources, targets in _groups(shape, tuple(result.shape)):
-            labelled = [d for d in sources if labels[d] is not None]
-            if not labelled:
-                continue
-            axis = labels[labelled[0]]
-            wide = [d for d in sources if shape[d] != 1]
-            into = [d for d in targets if result.shape[d] != 1]
-            if axis is None or labelled != wide[:1] or len(into) != 1:
-                self.channels.pin([labels[d] for d in labelled], f"{name} splits or mixes it")
-                continue
-            rest = math.prod(shape[d] for d in wide[1:])
-            out[into[0]] = Axis(axis.variable, axis.factor * rest)
-        return tuple(out)
-
-    def _index(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
-        """Labels behind ``x[:, :, None]`` and the like: whole dimensions stay, new ones come in between."""
-        given = node.args[1]
-        index = given if isinstance(given, tuple) else (given,)
-        left = list(labels)
-        out: list[Axis | None] = []
-        for item in index:
-            if item is None:
-                out.append(None)
-            elif isinstance(item, slice) and left:
-                axis = left.pop(0)
-                if item != slice(None):
-                    self.channels.pin((axis,), "getitem takes a part of it")
-                    axis = None
-                out.append(axis)
-            elif isinstance(item, int) and left:
-                self.channels.pin((left.pop(0),), "getitem takes a part of it")
-            else:
-                self.channels.pin(labels, "getitem takes a part of it")
-                return self._blank(result)
-        return (*out, *left)
-
-    def _permute(self, node: fx.Node, labels: Labels, name: str) -> Labels:
-        given = node.args[1:]
-        flat = [d for arg in given for d in (arg if isinstance(arg, tuple | list) else (arg,))]
-        dims = [d % len(labels) for d in flat if isinstance(d, int)]
-        if name == "permute" and len(dims) == len(labels):
-            return tuple(labels[d] for d in dims)
-        if name == "transpose" and len(dims) == 2:
-            swapped = list(labels)
-            swapped[dims[0]], swapped[dims[1]] = labels[dims[1]], labels[dims[0]]
-            return tuple(swapped)
-        self.channels.pin(labels, f"{_name_of(node)} moves it in a way that is not constant")
-        return (None,) * len(labels)
-
-
-def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-    """Split a reshape into the smallest groups of dimensions with equal products.
-
-    Dimensions of size 1 join the group before them, so that a labelled first dimension stays first.
-    """
-    i = j = 0
-    while i < len(before) and j < len(after):
-        sources, targets = [i], [j]
-        size_in, size_out = before[i], after[j]
-        i, j = i + 1, j + 1
-        while size_in != size_out:
-            if size_in < size_out:
-                size_in *= before[i]
-                sources.append(i)
-                i += 1
-            else:
-                size_out *= after[j]
-                targets.append(j)
-                j += 1
-        while i < len(before) and before[i] == 1 and (j >= len(after) or after[j] != 1):
-            sources.append(i)
-            i += 1
-        yield sources, targets
-
-
-def _name_of(node: fx.Node) -> str:
-    target = node.target
-    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
-
-
-def _module_reason(kind: type[nn.Module]) -> str:
-    if kind in {nn.LayerNorm, nn.GroupNorm, nn.RMSNorm}:
-        return f"{kind.__name__} takes its statistics over several channels, so new ones would change old ones"
-    return f"{kind.__name__} is not known to treat channels one by one"
-
-
 # ------------------------------------------------------------------ putting it together
 
 
 def _unfit(model: nn.Module, calls: _Calls) -> dict[str, str]:
-    """Layers that cannot be taken apart, with the reason, judged without looking at the graph."""
+    """Layers and Parameters that cannot be taken apart, with the reason, judged without looking at the graph."""
     owners: dict[int, int] = defaultdict(int)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] += 1
     reasons: dict[str, str] = {}
     for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        shared = [name for name, parameter in own.items() if owners[id(parameter)] > 1]
+        reasons |= {_joined(path, name): "it is shared with another module" for name in shared}
         if calls.count[path] > 1:
             reasons[path] = "it is used at several places"
-        elif any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+        elif shared:
             reasons[path] = "it shares its weights with another layer"
         elif module._forward_hooks or module._forward_pre_hooks:
             reasons[path] = "it has forward hooks, which a widened layer would not run"
         elif getattr(module, "padding_mode", "zeros") != "zeros":
             reasons[path] = f"padding mode {module.padding_mode!r} cannot be widened"
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and not (
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and not (
             module.affine and module.track_running_stats and module.momentum is not None
         ):
             reasons[path] = "normalization without gain, running statistics or momentum cannot be widened"
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and module.weight is None:
+            reasons[path] = f"{type(module).__name__} without gain cannot be widened"
     return reasons
 
 
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _own_parameters(model: nn.Module) -> frozenset[str]:
+    """Paths of the Parameters that belong to no layer of torch's but to code of the host's."""
+    return frozenset(
+        _joined(path, name)
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    )
+
+
 def _span_slots(model: nn.Module, calls: _Calls, sites: Mapping[str, Site]) -> dict[str, SpanSlot]:
-    """Modules that directly hold a layer (or, in a flat host, the layers themselves) and map tensor to tensor."""
+    """Modules that directly hold a layer (or, in a flat host, the layers themselves) and map tensor to tensor.
+
+    Branches are made of 2-d convolutions and linear layers and read the first channels of what enters them, so modules
+    with other convolutions, and those around a concatenation (where newborn channels do not come last), are left out.
+    """
     spans: dict[str, SpanSlot] = {}
+    sides = [side for site in sites.values() for side in (site.outputs, site.inputs) if len(side) > 1]
+    joined = {part.slot for side in sides for part in side} - {None}
     for path, module in model.named_modules():
-        holds = any(isinstance(child, _MULTIPLYING) for child in module.children())
+        holds = any(isinstance(child, MULTIPLYING) for child in module.children())
         flat = (
-            "." not in path and isinstance(module, _MULTIPLYING) and path in sites and sites[path].out_slot is not None
+            "." not in path and isinstance(module, MULTIPLYING) and path in sites and sites[path].out_slot is not None
         )
         if not path or not (holds or flat) or calls.count[path] != 1 or path in calls.last:
             continue
         if isinstance(module, nn.MultiheadAttention) or len(calls.inputs[path]) != 1:
+            continue
+        inside = [site for name, site in sites.items() if name == path or name.startswith(f"{path}.")]
+        if any(isinstance(inner, nn.Conv1d | nn.Conv3d) for inner in module.modules()) or any(
+            part.slot in joined for site in inside for part in (*site.outputs, *site.inputs)
+        ):
             continue
         before, after = calls.inputs[path][0][1:], calls.outputs[path][0][1:]
         if len(before) != len(after) or not before:
@@ -682,34 +345,56 @@ def _span_slots(model: nn.Module, calls: _Calls, sites: Mapping[str, Site]) -> d
     return spans
 
 
+class _Bill:
+    """Summands of a cost, by the slots whose widths they are multiples of."""
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        self._widths = widths
+        self._terms: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, sides: Sequence[tuple[Part, ...]], flops: float, parameters: float) -> None:
+        """Bill a whole layer whose cost is a multiple of the entries of each of its ``sides``."""
+        total = math.prod(sum(part.entries(self._widths.__getitem__) for part in side) for side in sides)
+        for parts in itertools.product(*sides):
+            factor = math.prod(part.factor for part in parts)
+            term = self._terms[tuple(part.slot for part in parts if part.slot is not None)]
+            term[0] += flops / total * factor
+            term[1] += parameters / total * factor
+
+    def costs(self) -> tuple[Cost, ...]:
+        return tuple(Cost(f, p, slots) for slots, (f, p) in self._terms.items() if f or p)
+
+
 def _costs(
-    model: nn.Module, calls: _Calls, sites: Mapping[str, Site], widths: Mapping[str, int], free_flops: float
+    model: nn.Module,
+    calls: _Calls,
+    sites: Mapping[str, Site],
+    widths: Mapping[str, int],
+    products: Sequence[tuple[float, tuple[str, ...]]],
 ) -> tuple[Cost, ...]:
-    terms: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    bill = _Bill(widths)
+    for flops, slots in products:
+        bill.add([(Part(slot, 1),) for slot in slots], flops, 0.0)
     billed: set[int] = set()
-    terms[()] = [free_flops, 0.0]
-
-    def bill(slots: tuple[str, ...], flops: float, parameters: float) -> None:
-        share = math.prod(widths[slot] for slot in slots)
-        terms[slots][0] += flops / share
-        terms[slots][1] += parameters / share
-
     for path, module in model.named_modules():
         site = sites.get(path)
-        slots = tuple(slot for slot in (site.out_slot, site.in_slot) if slot) if site else ()
+        outputs = [site.outputs] if site else []
+        sides = [*outputs, *([site.inputs] if site and site.inputs else [])]
         flops = 0.0
-        if isinstance(module, _MULTIPLYING):
+        if isinstance(module, MULTIPLYING):
             flops = sum(2.0 * module.weight[0].numel() * math.prod(s[1:]) for s in calls.outputs[path])
-        elif isinstance(module, _NORMALIZING):
+        elif isinstance(module, NORMALIZING):
             flops = sum(2.0 * math.prod(s[1:]) for s in calls.outputs[path])
-        own = [p for p in module.parameters(recurse=False) if id(p) not in billed]
-        billed.update(id(p) for p in own)
-        # Vectors (biases, gains) go with the output channels alone, matrices with both sides.
-        vectors = float(sum(p.numel() for p in own if p.dim() == 1))
-        matrices = float(sum(p.numel() for p in own if p.dim() != 1))
-        bill(slots, flops, matrices)
-        bill((site.out_slot,) if site and site.out_slot else (), 0.0, vectors)
-    return tuple(Cost(flops, parameters, slots) for slots, (flops, parameters) in terms.items() if flops or parameters)
+        bill.add(sides, flops, 0.0)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in billed:
+                continue
+            billed.add(id(parameter))
+            own = sites.get(_joined(path, name))
+            # Vectors (biases, gains) go with the output channels alone, matrices with both sides.
+            along = [own.outputs] if own else outputs if parameter.dim() == 1 else sides
+            bill.add(along, 0.0, float(parameter.numel()))
+    return bill.costs()
 
 
 def analyze(model: nn.Module, example: Tensor) -> Analysis:
@@ -725,64 +410,145 @@ def analyze(model: nn.Module, example: Tensor) -> Analysis:
     batch = example[:2]
     with undisturbed(model, batch.device):
         calls = _observe(model, batch)
-        attributes = set(model.__dict__)
-        try:
-            traced, refused = _trace(model)
-        finally:
-            for name in set(model.__dict__) - attributes:  # fx leaves tensors that the code makes on the module
-                delattr(model, name)
-        run: _Propagation | None = None
+        unfit, own = _unfit(model, calls), _own_parameters(model)
+        traced, refused = _traced(model)
+        runs: list[Propagation] = []
         if traced is not None:
-            run = _Propagation(traced, _unfit(model, calls) | refused)
-            run.run(batch)
+            runs.append(Propagation(traced, unfit | refused, own))
+            runs[0].run(batch)
+        for path in _islands(model, calls, tuple(refused)):
+            inside, _ = _traced(model.get_submodule(path))
+            reason = f"its channels leave {path} for code that cannot be traced"
+            runs.append(Propagation(cast("fx.GraphModule", inside), unfit, own, prefix=f"{path}.", leaving=reason))
+            runs[-1].run(calls.arguments[path])
     slots: dict[str, WidthSlot] = {}
     sites: dict[str, Site] = {}
-    if run is not None:
-        _pin_fetched(run)
-        slots, sites = _width_slots(model, run, refused)
+    products: list[tuple[float, tuple[str, ...]]] = []
+    for run in runs:
+        names = _width_slots(model, run, slots, refused)
+        sites |= _sites(model, run, names)
+        products += [_billed(product, run, names) for product in run.products]
     widths = {name: slot.width for name, slot in slots.items()}
-    free = run.free_flops if run is not None else 0.0
     shapes = {p: (calls.inputs[p][0][1:], calls.outputs[p][0][1:]) for p in calls.inputs if calls.count[p] == 1}
-    costs = _costs(model, calls, sites, widths, free)
+    costs = _costs(model, calls, sites, widths, products)
     return Analysis(slots, _span_slots(model, calls, sites), dict(refused), sites, shapes, costs)
 
 
-def _pin_fetched(run: _Propagation) -> None:
-    """Layers whose tensors the model's code reads by itself cannot be replaced."""
-    for use in run.uses:
-        if any(name.startswith(f"{use.path}.") for name in run.fetched):
-            run.channels.pin((use.out_axis, use.in_axis), f"the model's code reads the weights of {use.path} itself")
+def _traced(model: nn.Module) -> tuple[fx.GraphModule | None, dict[str, str]]:
+    attributes = set(model.__dict__)
+    try:
+        return _trace(model)
+    finally:
+        for name in set(model.__dict__) - attributes:  # fx leaves tensors that the code makes on the module
+            delattr(model, name)
+
+
+def _islands(model: nn.Module, calls: _Calls, opaque: Sequence[str]) -> list[str]:
+    """The largest modules inside code that cannot be traced that can be traced themselves: each can grow inside.
+
+    What calls them does not matter: they take a tensor and give a tensor of the same shape as before.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        within = any(path.startswith(f"{outer}." if outer else "") and path != outer for outer in opaque)
+        taken = any(path.startswith(f"{other}.") for other in found)
+        small = not any(True for _ in module.children())
+        if not path or not within or taken or small or path not in calls.arguments or calls.count[path] != 1:
+            continue
+        if not _traced(module)[1]:
+            found.append(path)
+    return found
 
 
 def _width_slots(
-    model: nn.Module, run: _Propagation, refused: dict[str, str]
-) -> tuple[dict[str, WidthSlot], dict[str, Site]]:
-    members: dict[int, tuple[list[str], list[str], list[str]]] = defaultdict(lambda: ([], [], []))
+    model: nn.Module, run: Propagation, slots: dict[str, WidthSlot], refused: dict[str, str]
+) -> dict[int, str]:
+    """Add the slots that a run found to ``slots`` and ``refused``; returns their names by their set of variables."""
     for use in run.uses:
-        if use.out_axis is not None:
-            role = 1 if use.follower else 0
-            members[run.channels.find(use.out_axis.variable)][role].append(use.path)
-        if use.in_axis is not None:
-            members[run.channels.find(use.in_axis.variable)][2].append(use.path)
-    slots: dict[str, WidthSlot] = {}
+        if any(name.startswith(f"{use.path}.") for name in run.fetched):
+            run.channels.pin((use.out_axis, use.in_axis), f"the model's code reads the weights of {use.path} itself")
+    _choose_dimensions(run)
+    members: dict[int, tuple[list[Use], list[Use], list[Use]]] = defaultdict(lambda: ([], [], []))
+    for use in run.uses:
+        for root in _roots(run, use.out_axis):
+            members[root][1 if use.follower else 0].append(use)
+        for root in _roots(run, use.in_axis):
+            members[root][2].append(use)
     names: dict[int, str] = {}
     for root, (writers, followers, readers) in members.items():
-        name = writers[0]
+        name = next((use.path for use in writers if use.operation is not Operation.PARAMETER), None)
+        if name is None:
+            continue  # a Parameter's channels that no layer writes
         reason = run.channels.pinned(root) or (None if readers else "nothing that can be widened reads its channels")
         if reason is not None:
             refused[name] = reason
             continue
-        width = cast("nn.Linear", model.get_submodule(name)).weight.shape[0]
+        unit = run.channels.grain(root)
+        width = cast("nn.Linear", model.get_submodule(name)).weight.shape[0] // unit
         names[root] = name
-        slots[name] = WidthSlot(name, width, tuple(writers), tuple(followers), tuple(readers))
-    sites: dict[str, Site] = {}
+        paths = (tuple(dict.fromkeys(use.path for use in group)) for group in (writers, followers, readers))
+        slots[name] = WidthSlot(name, width, *paths, unit, any(_blends(model, use) for use in followers))
+    return names
+
+
+def _roots(run: Propagation, axis: Axis | None) -> list[int]:
+    pieces = axis.pieces if axis is not None else ()
+    return list(dict.fromkeys(run.channels.find(p.variable) for p in pieces if p.variable is not None))
+
+
+def _choose_dimensions(run: Propagation) -> None:
+    """Keep of each Parameter's uses the one whose channels a layer writes too; with two of them it cannot grow."""
+    layered = {
+        root
+        for use in run.uses
+        if use.operation is not Operation.PARAMETER and not use.follower
+        for root in _roots(run, use.out_axis)
+        if run.channels.pinned(root) is None
+    }
+    chosen: dict[str, list[Use]] = defaultdict(list)
     for use in run.uses:
-        out_slot = names.get(run.channels.find(use.out_axis.variable)) if use.out_axis else None
-        in_slot = names.get(run.channels.find(use.in_axis.variable)) if use.in_axis else None
-        if out_slot or in_slot:
-            factor = use.in_axis.factor if use.in_axis and in_slot else 1
-            sites[use.path] = Site(use.path, use.operation, out_slot, in_slot, factor)
-    return slots, sites
+        if use.operation is Operation.PARAMETER and layered.intersection(_roots(run, use.out_axis)):
+            chosen[use.path].append(use)
+    for path, uses in chosen.items():
+        if len(uses) > 1:
+            run.channels.pin([use.out_axis for use in uses], f"{path} would grow in two dimensions")
+    run.uses = [use for use in run.uses if use.operation is not Operation.PARAMETER or use in chosen[use.path]]
 
 
-__all__ = ["Analysis", "Cost", "Site", "SpanSlot", "WidthSlot", "analyze", "undisturbed"]
+def _blends(model: nn.Module, use: Use) -> bool:
+    if use.operation is Operation.GROUP_NORM:
+        return cast("nn.GroupNorm", model.get_submodule(use.path)).num_groups == 1
+    return use.operation in BLENDED
+
+
+def _sites(model: nn.Module, run: Propagation, names: Mapping[int, str]) -> dict[str, Site]:
+    sites: dict[str, Site] = {}
+
+    def parts(axis: Axis) -> tuple[Part, ...]:
+        found = []
+        for piece in axis.pieces:
+            slot = None if piece.variable is None else names.get(run.channels.find(piece.variable))
+            if slot is None or piece.variable is None:
+                found.append(Part(None, piece.size))
+            else:
+                found.append(Part(slot, int(piece.factor * run.channels.grain(piece.variable))))
+        return tuple(found)
+
+    for use in run.uses:
+        outputs = parts(use.out_axis) if use.out_axis is not None else ()
+        inputs = parts(use.in_axis) if use.in_axis is not None else ()
+        if not any(part.slot for part in (*outputs, *inputs)):
+            continue
+        if not inputs and not use.follower and use.operation is not Operation.PARAMETER:
+            inputs = (Part(None, cast("nn.Linear", model.get_submodule(use.path)).weight.shape[1]),)
+        gain = use.follower and use.operation is Operation.PARAMETER
+        sites[use.path] = Site(use.path, use.operation, outputs, inputs, use.dimension, gain)
+    return sites
+
+
+def _billed(product: Product, run: Propagation, names: Mapping[int, str]) -> tuple[float, tuple[str, ...]]:
+    roots = [root for axis in product.axes for root in _roots(run, axis)]
+    return product.flops, tuple(names[root] for root in roots if root in names)
+
+
+__all__ = ["Analysis", "Cost", "Part", "Site", "SpanSlot", "WidthSlot", "analyze", "undisturbed"]

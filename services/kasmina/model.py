@@ -12,6 +12,7 @@ from services.blueprints.vocabulary import LayerSpec
 from services.kasmina.lifecycle import SeedState
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Parameter
 
 SPAN_PREFIX = "span:"
@@ -226,12 +227,12 @@ class Replacement:
 
     Attributes:
         new: The Parameter that is in the network from now on.
-        parts: Old Parameter and the slices of ``new`` that it fills, one per dimension. Together the parts
-            cover ``new`` exactly once.
+        parts: Old Parameter and the index of ``new`` that it fills: per dimension a slice, or (at most once) the
+            numbers of its entries where they do not stand together. Together the parts cover ``new`` exactly once.
     """
 
     new: Parameter
-    parts: tuple[tuple[Parameter, tuple[slice, ...]], ...]
+    parts: tuple[tuple[Parameter, tuple[slice | Tensor, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,25 +15,13 @@ from torch import Tensor, nn
 from services.blueprints.spec import Interface, LayerInterface, SlotKind, channels_of
 from services.blueprints.vocabulary import Operation
 from services.kasmina.branches import Bridge
-from services.kasmina.graph import Analysis, Site
+from services.kasmina.graph import Analysis, Part, Site
+from services.kasmina.layers import ModulePlace, Place, grown_at, place_of
 from services.kasmina.model import LayerChange, Replacement
-from services.kasmina.widening import Draw, GrownLayer, grown, with_shape
+from services.kasmina.widening import Draw, GrownLayer, with_shape
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a module sits: an attribute of its parent."""
-
-    parent: nn.Module
-    name: str
-
-    def get(self) -> nn.Module:
-        """The module that sits there now."""
-        return cast("nn.Module", self.parent._modules[self.name])
-
-    def put(self, module: nn.Module) -> None:
-        """Put another module there."""
-        setattr(self.parent, self.name, module)
+_CHANNELS_LAST = frozenset({Operation.LINEAR, Operation.LAYER_NORM, Operation.RMS_NORM})
+"""Operations whose channels are the last dimension of a sample; else they are the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +55,7 @@ class GrowingNetwork:
         self.grafts: dict[str, Graft] = {}
         self.fused: dict[str, int] = dict.fromkeys(analysis.slots, 0)
         paths = {*analysis.sites, *(span.path for span in analysis.spans.values())}
-        self._places = {path: _place(model, path) for path in paths}
+        self._places = {path: place_of(model, path) for path in paths}
         self._layers: dict[str, GrownLayer] = {}
         self._original = {path: _weight_shape(self.layer(path)) for path in analysis.sites}
 
@@ -76,7 +64,7 @@ class GrowingNetwork:
     def _site_place(self, path: str) -> Place:
         place = self._places[path]
         while isinstance(module := place.get(), Bridge):
-            place = Place(module, "host")
+            place = ModulePlace(module, "host")
         return place
 
     def layer(self, path: str) -> nn.Module:
@@ -134,25 +122,40 @@ class GrowingNetwork:
         width = self.analysis.slots[slot]
         before, behind = self.analysis.shapes[width.name]
         site = self.analysis.sites[width.name]
-        entering = _with_channels(before, self.width(site.in_slot) * site.factor) if site.in_slot else before
         return Interface(
             SlotKind.WIDTH,
-            entering,
-            _with_channels(behind, self.width(slot)),
+            self._resized(before, site, site.inputs),
+            self._resized(behind, site, site.outputs),
             dtype,
-            writers=tuple(self._layer_interface(path) for path in width.writers),
-            readers=tuple(self._layer_interface(path) for path in width.readers),
-            followers=tuple(self._layer_interface(path) for path in width.followers),
+            writers=tuple(self._layer_interface(path, slot) for path in width.writers),
+            readers=tuple(self._layer_interface(path, slot, reads=True) for path in width.readers),
+            followers=tuple(self._layer_interface(path, slot) for path in width.followers),
         )
 
-    def _layer_interface(self, path: str) -> LayerInterface:
+    def _entries(self, parts: Iterable[Part]) -> int:
+        return sum(part.entries(self.width) for part in parts)
+
+    def _resized(self, shape: tuple[int, ...], site: Site, parts: tuple[Part, ...]) -> tuple[int, ...]:
+        """Shape of a sample on one side of a layer, as of now."""
+        if not parts:
+            return shape
+        entries = self._entries(parts)
+        return (*shape[:-1], entries) if site.operation in _CHANNELS_LAST else (entries, *shape[1:])
+
+    def _layer_interface(self, path: str, slot: str, *, reads: bool = False) -> LayerInterface:
         site = self.analysis.sites[path]
         layer = self.layer(path)
         host = layer.host if isinstance(layer, GrownLayer) else layer
-        behind = self.analysis.shapes[path][1]
-        shape = _with_channels(behind, self.width(site.out_slot)) if site.out_slot else behind
+        shape = list(self.weight_shape(path))
+        shape.insert(0, shape.pop(site.axis))
+        behind = self.analysis.shapes[path][1] if path in self.analysis.shapes else ()
         bias = getattr(host, "bias", None) is not None
-        return LayerInterface(path, site.operation, self.weight_shape(path), shape, bias)
+        parts = site.inputs if reads else site.outputs
+        unit = sum(part.factor for part in parts if part.slot == slot)
+        # What the layer's shape says by itself is left out: one entry, or all inputs in equal shares.
+        usual = unit * self.width(slot) == shape[1] if reads else unit == 1
+        outputs = self._resized(behind, site, site.outputs) if behind else ()
+        return LayerInterface(path, site.operation, tuple(shape), outputs, bias, 0 if usual else unit)
 
     def weight_shape(self, path: str) -> tuple[int, ...]:
         """Shape of the weight of a site, all blocks together."""
@@ -166,7 +169,7 @@ class GrowingNetwork:
         inside = [site for name, site in self.analysis.sites.items() if name == path or name.startswith(f"{path}.")]
         channels = channels_of(self.analysis.spans[f"span:{path}"].input_shape)
         for site in inside:
-            if site.operation in (Operation.CONV2D, Operation.LINEAR):
+            if site.inputs:
                 fits = site.in_slot is not None and self.analysis.slots[site.in_slot].width == channels
                 return site.in_slot if fits else None
         return None
@@ -176,7 +179,7 @@ class GrowingNetwork:
         inside = [site for name, site in self.analysis.sites.items() if name == path or name.startswith(f"{path}.")]
         channels = channels_of(self.analysis.spans[f"span:{path}"].output_shape)
         for site in reversed(inside):
-            if site.operation in (Operation.CONV2D, Operation.LINEAR):
+            if site.inputs:
                 fits = site.out_slot is not None and self.analysis.slots[site.out_slot].width == channels
                 return site.out_slot if fits else None
         return None
@@ -192,7 +195,7 @@ class GrowingNetwork:
     # -------------------------------------------------- growing
 
     def _touched(self, slot: str) -> list[str]:
-        return [path for path, site in self.analysis.sites.items() if slot in (site.in_slot, site.out_slot)]
+        return [path for path, site in self.analysis.sites.items() if site.reads(slot) or site.writes(slot)]
 
     def widen(self, seed: str, slot: str, size: int, draw: Draw | None) -> None:
         """Add ``size`` channels to a slot; the output is unchanged. All layers grow, or none does."""
@@ -208,14 +211,14 @@ class GrowingNetwork:
         path = site.path
         if path not in self._layers:
             place = self._site_place(path)
-            layer = grown(place.get(), site.operation, site.factor)
+            layer = grown_at(site, place.get(), self.settled_width)
             place.put(layer)
             self._layers[path] = layer
         layer = self._layers[path]
-        if site.in_slot == slot:
-            layer.grow_inputs(seed, size)
-        if site.out_slot == slot:
-            layer.grow_outputs(seed, size, draw)
+        if site.reads(slot):
+            layer.grow_inputs(seed, size, slot)
+        if site.writes(slot):
+            layer.grow_outputs(seed, size, draw, slot)
 
     def bridge(self, seed: str, slot: str, size: int, bridge: Bridge) -> None:
         """Put a bridge, made around what :meth:`spanned` returned, in its place."""
@@ -234,7 +237,7 @@ class GrowingNetwork:
             return
         place = self._places[self.analysis.spans[graft.slot].path]
         while (module := place.get()) is not graft.bridge:
-            place = Place(module, "host")
+            place = ModulePlace(module, "host")
         place.put(graft.bridge.host)
 
     def _strip(self, seed: str, slot: str) -> None:
@@ -259,6 +262,33 @@ class GrowingNetwork:
             self._unwrap(path, layer)
         self.fused[graft.slot] += graft.size
         return replaced
+
+    def blends(self, slot: str) -> bool:
+        """Whether newborn channels of a slot come in by degrees, see :meth:`set_share`."""
+        return slot in self.analysis.slots and self.analysis.slots[slot].blended
+
+    def set_share(self, seed: str, share: float) -> None:
+        """Let a seed count ``share`` (0..1): a branch in the sum, new channels in the statistics of normalizations."""
+        graft = self.grafts[seed]
+        if graft.bridge is not None:
+            graft.bridge.set_share(share)
+            return
+        for path in self.analysis.slots[graft.slot].followers:
+            self._layers[path].set_share(seed, share)
+
+    def probes(self, slot: str) -> list[tuple[nn.Module, int, int, int]]:
+        """What reads a WIDTH slot: the layer, where its channels begin among the inputs, how many inputs they take, and
+        how many consecutive ones are one feature at several positions."""
+        found = []
+        unit = self.analysis.slots[slot].unit
+        for path in self.analysis.slots[slot].readers:
+            start = 0
+            for part in self.analysis.sites[path].inputs:
+                entries = part.entries(self.width)
+                if part.slot == slot:
+                    found.append((self.layer(path), start, entries, max(1, part.factor // unit)))
+                start += entries
+        return found
 
     @contextmanager
     def without(self, seeds: Iterable[str]) -> Iterator[None]:
@@ -291,16 +321,11 @@ class GrowingNetwork:
         for path, site in self.analysis.sites.items():
             place = self._site_place(path)
             original = self._original[path]
-            outputs = self.settled_width(site.out_slot) if site.out_slot else original[0]
-            inputs: int | None = None
-            if site.operation in (Operation.CONV2D, Operation.LINEAR):
-                inputs = self.settled_width(site.in_slot) * site.factor if site.in_slot else original[1]
-            place.put(with_shape(place.get(), outputs, inputs))
-
-
-def _place(model: nn.Module, path: str) -> Place:
-    parent, _, name = path.rpartition(".")
-    return Place(model.get_submodule(parent), name)
+            outputs, inputs = (
+                sum(part.entries(self.settled_width) for part in parts) if parts else None
+                for parts in (site.outputs, site.inputs)
+            )
+            place.put(with_shape(place.get(), original[0] if outputs is None else outputs, inputs, site.axis))
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:

@@ -15,21 +15,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from services.blueprints.vocabulary import Operation
+from services.kasmina.graph import Part
 from services.kasmina.model import Replacement
 
 HOST = "host"
-"""Name of the segment that the host's own layer fills."""
-
-NEWBORN_MOMENTUM_FACTOR = 3.0
-"""Newborn normalization statistics move this much faster than the host's, until they are fused."""
+"""Name of the block that the host's own layer fills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +53,128 @@ class Draw:
         return drawn.to(device=live.device, dtype=live.dtype)
 
 
+_Placed = tuple[str, slice | Tensor]
+"""Name of a block, and the entries of a dimension that it fills."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive entries of one side of a grown layer.
+
+    Attributes:
+        name: ``host``, or the name of a seed's block.
+        seed: Whose it is; empty for the host.
+        start: First of the host's entries that it holds; 0 for a seed's.
+        size: Entries.
+    """
+
+    name: str
+    seed: str
+    start: int
+    size: int
+
+
+@dataclass(slots=True)
+class Side:
+    """The outputs or inputs of a grown layer: the host's entries by part, seeds' entries behind the part they widen.
+
+    Behind a concatenation a layer has several parts, so that newborn channels of the first come before the host's
+    channels of the second, as in the plain layer they are fused into.
+
+    Attributes:
+        parts: What the host's entries are channels of.
+        sizes: How many of the host's entries are in each part.
+        grown: Blocks that seeds brought, oldest first, with the number of the part they stand behind.
+    """
+
+    parts: tuple[Part, ...]
+    sizes: list[int]
+    grown: list[tuple[int, Block]] = field(default_factory=list)
+
+    @classmethod
+    def whole(cls, size: int) -> Side:
+        """One part of ``size`` entries that belong to no slot."""
+        return cls((Part(None, 1),), [size])
+
+    @property
+    def divided(self) -> bool:
+        """Whether the host's entries do not all stand together."""
+        return len(self.parts) > 1
+
+    @property
+    def seeds(self) -> list[str]:
+        """Seeds that brought entries, oldest first."""
+        return [block.seed for _, block in self.grown]
+
+    def grow(self, seed: str, slot: str | None, size: int) -> list[Block]:
+        """Add ``size`` channels of a slot to each part that holds its channels; returns their blocks."""
+        places = [number for number, part in enumerate(self.parts) if part.slot == slot]
+        added = []
+        for number in places:
+            name = seed if len(places) == 1 else f"{seed}@{number}"
+            added.append((number, Block(name, seed, 0, size * self.parts[number].factor)))
+        self.grown += added
+        return [block for _, block in added]
+
+    def blocks(self, off: frozenset[str] = frozenset()) -> list[Block]:
+        """All blocks in the order of the layer's entries, without those of the seeds in ``off``."""
+        found: list[Block] = []
+        start = 0
+        for number, size in enumerate(self.sizes):
+            found.append(Block(HOST, "", start, size))
+            found += [block for place, block in self.grown if place == number and block.seed not in off]
+            start += size
+        return found
+
+    def remove(self, seed: str) -> None:
+        """Forget a seed's blocks."""
+        self.grown = [(place, block) for place, block in self.grown if block.seed != seed]
+
+    def merged(self, seed: str) -> list[tuple[str, slice | Tensor]]:
+        """Where the host's entries and a seed's go in a layer that holds both, by the names of their blocks."""
+        places: dict[str, list[int]] = {HOST: []}
+        start = 0
+        for block in self.blocks(frozenset(self.seeds) - {seed}):
+            places.setdefault(block.name, []).extend(range(start, start + block.size))
+            start += block.size
+        return [(name, _index(entries)) for name, entries in places.items()]
+
+    def absorb(self, seed: str) -> None:
+        """Count a seed's entries as the host's."""
+        for place, block in self.grown:
+            if block.seed == seed:
+                self.sizes[place] += block.size
+        self.remove(seed)
+
+
+def _seeds_in(key: str) -> list[str]:
+    """Seeds that a tensor belongs to, of its name ``kind:block[:block]``."""
+    return [name.partition("@")[0] for name in key.split(":")[1:]]
+
+
+def _index(entries: list[int]) -> slice | Tensor:
+    if entries and entries[-1] - entries[0] == len(entries) - 1:
+        return slice(entries[0], entries[-1] + 1)
+    return torch.tensor(entries)
+
+
+def _total(places: Iterable[_Placed]) -> int:
+    return sum(where.stop - where.start if isinstance(where, slice) else len(where) for _, where in places)
+
+
 class GrownLayer(nn.Module):
-    """A layer with newborn rows and columns; abstract.
+    """A layer with newborn rows (outputs) and columns (inputs); abstract.
 
     ``off`` names seeds whose blocks are skipped in the forward pass.
     """
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, outputs: Side | None = None, inputs: Side | None = None) -> None:
         super().__init__()
         self.host = host
         self.cells = nn.ParameterDict()
-        self.rows: list[str] = []
-        self.columns: list[str] = []
+        weight = cast("Tensor", host.weight)
+        self.outputs = Side.whole(weight.shape[0]) if outputs is None else outputs
+        self.inputs = Side.whole(weight.shape[1] if weight.dim() > 1 else 0) if inputs is None else inputs
         self.off: frozenset[str] = frozenset()
         self._owners: dict[str, str] = {}
         self.train(host.training)
@@ -77,7 +184,7 @@ class GrownLayer(nn.Module):
     @property
     def seeds(self) -> tuple[str, ...]:
         """Seeds that have blocks here."""
-        return tuple(dict.fromkeys((*self.rows, *self.columns)))
+        return tuple(dict.fromkeys((*self.outputs.seeds, *self.inputs.seeds)))
 
     def parameters_of(self, seed: str) -> list[nn.Parameter]:
         """Newborn Parameters that ``seed`` owns, in an order that depends on nothing but the topology."""
@@ -89,35 +196,27 @@ class GrownLayer(nn.Module):
         weight = cast("nn.Linear", self.host).weight
         return [weight, *(self.cells[key] for key in sorted(self._owners) if key.startswith("weight:"))]
 
-    def _put(self, key: str, value: Tensor, owner: str) -> nn.Parameter:
-        parameter = nn.Parameter(value)
-        self.cells[key] = parameter
+    def _put(self, key: str, value: Tensor, owner: str) -> None:
+        self.cells[key] = nn.Parameter(value.detach())
         self._owners[key] = owner
-        return parameter
-
-    def _drop(self, key: str) -> nn.Parameter:
-        parameter = self.cells.pop(key)
-        del self._owners[key]
-        return cast("nn.Parameter", parameter)
 
     def remove(self, seed: str) -> None:
         """Take out a seed's blocks, and the parts of others' blocks that connect to them."""
-        for key in [key for key in self._owners if seed in key.split(":")[1:]]:
-            self._drop(key)
-        self.rows = [name for name in self.rows if name != seed]
-        self.columns = [name for name in self.columns if name != seed]
-
-    def _active(self, names: Iterable[str]) -> list[str]:
-        return [HOST, *(name for name in names if name not in self.off)]
+        for key in [key for key in self._owners if seed in _seeds_in(key)]:
+            del self.cells[key], self._owners[key]
+        for key in [key for key in self._buffers if seed in _seeds_in(key)]:
+            del self._buffers[key]
+        self.outputs.remove(seed)
+        self.inputs.remove(seed)
 
     # -------------------------------------------------- for subclasses
 
-    def grow_outputs(self, seed: str, size: int, draw: Draw | None) -> None:
-        """Add ``size`` output channels; zeros where ``draw`` is ``None`` (their values are loaded later)."""
+    def grow_outputs(self, seed: str, size: int, draw: Draw | None, slot: str | None = None) -> None:
+        """Add ``size`` channels of ``slot`` to the outputs; zeros where ``draw`` is ``None`` (they are loaded later)."""
         raise NotImplementedError
 
-    def grow_inputs(self, seed: str, size: int) -> None:
-        """Add ``size`` input channels, read with weight zero."""
+    def grow_inputs(self, seed: str, size: int, slot: str | None = None) -> None:
+        """Add ``size`` channels of ``slot`` to the inputs, read with weight zero."""
         raise NotImplementedError
 
     def absorb(self, seed: str) -> list[Replacement]:
@@ -128,92 +227,98 @@ class GrownLayer(nn.Module):
         """Shape of the weight as concatenated, nothing left out."""
         raise NotImplementedError
 
+    def set_share(self, seed: str, share: float) -> None:
+        """Let a seed's channels count ``share`` (0..1) in statistics over all channels; nothing to do without any."""
+
 
 class GrownMatrix(GrownLayer):
-    """A convolution or a linear layer: a grid of blocks, one row of it per output segment, one column per input."""
-
-    def __init__(self, host: nn.Module, factor: int = 1) -> None:
-        super().__init__(host)
-        self.factor = factor
+    """A convolution or a linear layer: a grid of blocks, one row of it per output block, one column per input block."""
 
     def _host(self) -> nn.Linear:
         return cast("nn.Linear", self.host)
 
-    def _cell(self, row: str, column: str) -> Tensor:
+    def _cell(self, row: str, column: str) -> nn.Parameter:
         return self._host().weight if row == column == HOST else self.cells[f"weight:{row}:{column}"]
 
-    def weight(self, rows: Sequence[str], columns: Sequence[str]) -> Tensor:
-        """The weight of some output and input segments, [outputs, inputs, ...]."""
-        strips = [_cat([self._cell(row, column) for column in columns], 1) for row in rows]
+    def weight(self) -> Tensor:
+        """The weight with all active blocks, [outputs, inputs, ...]."""
+        columns = self.inputs.blocks(self.off)
+        strips = [
+            _cat([self._part(row.name, column) for column in columns], 1) for row in self.outputs.blocks(self.off)
+        ]
         return _cat(strips, 0)
 
-    def bias(self, rows: Sequence[str]) -> Tensor | None:
-        """The bias of some output segments, [outputs]; ``None`` for a layer without."""
+    def _part(self, row: str, column: Block) -> Tensor:
+        cell = self._cell(row, column.name)
+        whole = column.name != HOST or not self.inputs.divided
+        return cell if whole else cell.narrow(1, column.start, column.size)
+
+    def bias(self) -> Tensor | None:
+        """The bias with all active blocks, [outputs]; ``None`` for a layer without."""
         own = cast("Tensor | None", self._host().bias)
         if own is None:
             return None
-        return _cat([own if row == HOST else self.cells[f"bias:{row}"] for row in rows], 0)
+        rows = self.outputs.blocks(self.off)
+        return _cat([own if row.name == HOST else self.cells[f"bias:{row.name}"] for row in rows], 0)
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight as concatenated, nothing left out."""
-        rows = [HOST, *self.rows]
-        outputs = sum(self._cell(row, HOST).shape[0] for row in rows)
-        inputs = sum(self._cell(HOST, column).shape[1] for column in (HOST, *self.columns))
+        outputs, inputs = (sum(block.size for block in side.blocks()) for side in (self.outputs, self.inputs))
         return (outputs, inputs, *self._host().weight.shape[2:])
 
-    def grow_inputs(self, seed: str, size: int) -> None:
-        """Add ``size`` channels (``factor`` entries each), read with weight zero by every output there is."""
-        for row in (HOST, *self.rows):
-            beside = self._cell(row, HOST)
-            zeros = beside.new_zeros((beside.shape[0], size * self.factor, *beside.shape[2:]))
-            self._put(f"weight:{row}:{seed}", zeros.detach(), seed)
-        self.columns.append(seed)
+    def grow_inputs(self, seed: str, size: int, slot: str | None = None) -> None:
+        """Add ``size`` channels, read with weight zero by every output there is."""
+        rows = {block.name for block in self.outputs.blocks()}
+        for column in self.inputs.grow(seed, slot, size):
+            for row in sorted(rows):
+                beside = self._cell(row, HOST)
+                self._put(
+                    f"weight:{row}:{column.name}",
+                    beside.new_zeros((beside.shape[0], column.size, *beside.shape[2:])),
+                    seed,
+                )
 
-    def grow_outputs(self, seed: str, size: int, draw: Draw | None) -> None:
-        """Add ``size`` outputs that read every input there is; their bias is zero."""
-        columns = [HOST, *self.columns]
+    def grow_outputs(self, seed: str, size: int, draw: Draw | None, slot: str | None = None) -> None:
+        """Add ``size`` channels that read every input there is; their bias is zero."""
+        columns = dict.fromkeys(block.name for block in self.inputs.blocks())
         # The scale is that of the host's own weights: what newborn columns hold so far would pull it to zero.
         live = self._cell(HOST, HOST)
-        for column in columns:
-            above = self._cell(HOST, column)
-            shape = (size, *above.shape[1:])
-            fresh = above.new_zeros(shape).detach() if draw is None else draw.rows(live, shape)
-            self._put(f"weight:{seed}:{column}", fresh, seed)
-        bias = cast("Tensor | None", self._host().bias)
-        if bias is not None:
-            self._put(f"bias:{seed}", bias.new_zeros(size).detach(), seed)
-        self.rows.append(seed)
+        for row in self.outputs.grow(seed, slot, size):
+            for column in columns:
+                above = self._cell(HOST, column)
+                shape = (row.size, *above.shape[1:])
+                fresh = above.new_zeros(shape) if draw is None else draw.rows(live, shape)
+                self._put(f"weight:{row.name}:{column}", fresh, seed)
+            bias = cast("Tensor | None", self._host().bias)
+            if bias is not None:
+                self._put(f"bias:{row.name}", bias.new_zeros(row.size), seed)
 
     def absorb(self, seed: str) -> list[Replacement]:
         """Fuse the oldest seed of its rows or columns into the host's layer, a new plain one."""
-        rows = [HOST, seed] if seed in self.rows else [HOST]
-        columns = [HOST, seed] if seed in self.columns else [HOST]
-        later_rows = [name for name in self.rows if name != seed]
-        later_columns = [name for name in self.columns if name != seed]
+        rows, columns = self.outputs.merged(seed), self.inputs.merged(seed)
+        later_rows = [block for block in self.outputs.blocks() if block.seed not in ("", seed)]
+        later_columns = [block for block in self.inputs.blocks() if block.seed not in ("", seed)]
         replaced: list[Replacement] = []
         merged: dict[str, tuple[nn.Parameter, str]] = {}
 
-        def fuse(grid: list[list[nn.Parameter]]) -> nn.Parameter:
-            if len(grid) == len(grid[0]) == 1:
-                return grid[0][0]
-            with torch.no_grad():
-                value = _cat([_cat(strip, 1) for strip in grid], 0)
-            trainable = any(part.requires_grad for strip in grid for part in strip)
-            new = nn.Parameter(value.detach().clone(), requires_grad=trainable)
-            replaced.append(Replacement(new, _placed(grid)))
-            return new
+        def fuse(down: Sequence[_Placed], across: Sequence[_Placed]) -> nn.Parameter:
+            parts = [(self._cell(row, column), (y, x)) for row, y in down for column, x in across]
+            shape = (_total(down), _total(across), *self._host().weight.shape[2:])
+            return _fuse(parts, shape, replaced)
 
-        def cell(row: str, column: str) -> nn.Parameter:
-            return cast("nn.Parameter", self._cell(row, column))
-
-        weight = fuse([[cell(row, column) for column in columns] for row in rows])
-        for row in later_rows:
-            merged[f"weight:{row}:{HOST}"] = (fuse([[cell(row, column) for column in columns]]), row)
-        for column in later_columns:
-            merged[f"weight:{HOST}:{column}"] = (fuse([[cell(row, column)] for row in rows]), column)
+        weight = fuse(rows, columns)
+        for block in later_rows:
+            own = [(block.name, slice(0, block.size))]
+            merged[f"weight:{block.name}:{HOST}"] = (fuse(own, columns), block.seed)
+        for block in later_columns:
+            own = [(block.name, slice(0, block.size))]
+            merged[f"weight:{HOST}:{block.name}"] = (fuse(rows, own), block.seed)
         bias = cast("nn.Parameter | None", self._host().bias)
-        if bias is not None and len(rows) == 2:
-            bias = _fuse_vectors([bias, self.cells[f"bias:{seed}"]], replaced)
+        if bias is not None:
+            vectors = [(bias if name == HOST else self.cells[f"bias:{name}"], (where,)) for name, where in rows]
+            bias = _fuse(vectors, (_total(rows),), replaced)
+        self.outputs.absorb(seed)
+        self.inputs.absorb(seed)
         self.remove(seed)
         for key, (parameter, owner) in merged.items():
             self.cells[key] = parameter
@@ -222,15 +327,17 @@ class GrownMatrix(GrownLayer):
         return replaced
 
 
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
 class GrownConvolution(GrownMatrix):
-    """A widened :class:`torch.nn.Conv2d`."""
+    """A widened :class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d``."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C', H', W'], as the host's layer with all active blocks."""
+        """[N, C, ...] to [N, C', ...], as the host's layer with all active blocks."""
         host = cast("nn.Conv2d", self.host)
-        rows = self._active(self.rows)
-        weight = self.weight(rows, self._active(self.columns))
-        return F.conv2d(inputs, weight, self.bias(rows), host.stride, host.padding, host.dilation)
+        convolve = _CONVOLVE[len(host.stride)]
+        return convolve(inputs, self.weight(), self.bias(), host.stride, host.padding, host.dilation)
 
 
 class GrownLinear(GrownMatrix):
@@ -238,45 +345,72 @@ class GrownLinear(GrownMatrix):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., C] to [..., C'], as the host's layer with all active blocks."""
-        rows = self._active(self.rows)
-        return F.linear(inputs, self.weight(rows, self._active(self.columns)), self.bias(rows))
+        return F.linear(inputs, self.weight(), self.bias())
 
 
 class GrownVector(GrownLayer):
-    """A layer that treats channels one by one: blocks in one dimension."""
+    """A layer that treats channels one by one: blocks in one dimension, ``axis`` of its weight."""
 
     names: tuple[str, ...] = ("weight", "bias")
+    axis = 0
 
-    def _own(self, name: str) -> Tensor | None:
-        return cast("Tensor | None", getattr(self.host, name))
+    def _own(self, name: str) -> nn.Parameter | None:
+        return cast("nn.Parameter | None", getattr(self.host, name, None))
 
-    def _block(self, name: str, segment: str) -> Tensor:
-        return cast("Tensor", self._own(name) if segment == HOST else self.cells[f"{name}:{segment}"])
+    def _block(self, name: str, block: Block) -> Tensor:
+        if block.name != HOST:
+            return self.cells[f"{name}:{block.name}"]
+        own = cast("Tensor", self._own(name))
+        return own.narrow(self.axis, block.start, block.size) if self.outputs.divided else own
 
-    def joined(self, name: str, segments: Sequence[str]) -> Tensor | None:
-        """A Parameter of some segments, [channels, ...]; ``None`` where the layer has none of that name."""
+    def joined(self, name: str) -> Tensor | None:
+        """A Parameter with all active blocks; ``None`` where the layer has none of that name."""
         if self._own(name) is None:
             return None
-        return _cat([self._block(name, segment) for segment in segments], 0)
+        return _cat([self._block(name, block) for block in self.outputs.blocks(self.off)], self.axis)
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight as concatenated, nothing left out."""
-        weights = [self._block("weight", segment) for segment in (HOST, *self.rows)]
-        return (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
+        shape = list(cast("Tensor", self._own("weight")).shape)
+        shape[self.axis] = sum(block.size for block in self.outputs.blocks())
+        return tuple(shape)
+
+    def grow_outputs(self, seed: str, size: int, draw: Draw | None, slot: str | None = None) -> None:
+        """Add ``size`` channels, see :meth:`newborn`."""
+        for block in self.outputs.grow(seed, slot, size):
+            for name in self.names:
+                own = self._own(name)
+                if own is not None:
+                    shape = list(own.shape)
+                    shape[self.axis] = block.size
+                    self._put(f"{name}:{block.name}", self.newborn(name, own, shape, draw), seed)
+            self._grow_buffers(block)
+
+    def newborn(self, name: str, live: Tensor, shape: Sequence[int], draw: Draw | None) -> Tensor:
+        """Newborn entries of a Parameter: weights at the live scale, biases zero."""
+        return live.new_zeros(tuple(shape)) if draw is None or name != "weight" else draw.rows(live, shape)
 
     def absorb(self, seed: str) -> list[Replacement]:
         """Fuse the oldest seed into the host's layer, a new plain one."""
         replaced: list[Replacement] = []
         fused: dict[str, Tensor | None] = {}
+        places = self.outputs.merged(seed)
+        before = (slice(None),) * self.axis
         for name in self.names:
             own = self._own(name)
             if own is not None:
-                parts = [cast("nn.Parameter", own), self.cells[f"{name}:{seed}"]]
-                fused[name] = _fuse_vectors(parts, replaced)
+                parts = [(own if b == HOST else self.cells[f"{name}:{b}"], (*before, where)) for b, where in places]
+                shape = list(own.shape)
+                shape[self.axis] = _total(places)
+                fused[name] = _fuse(parts, shape, replaced)
         fused |= self._absorb_buffers(seed)
+        self.outputs.absorb(seed)
         self.remove(seed)
         self.host = resized(self.host, fused)
         return replaced
+
+    def _grow_buffers(self, block: Block) -> None:
+        """Give a newborn block statistics of its own, where the layer keeps any."""
 
     def _absorb_buffers(self, seed: str) -> dict[str, Tensor | None]:
         del seed
@@ -284,102 +418,51 @@ class GrownVector(GrownLayer):
 
 
 class GrownDepthwise(GrownVector):
-    """A widened depthwise :class:`torch.nn.Conv2d` (as many groups as channels)."""
+    """A widened depthwise convolution (as many groups as input channels, one or more filters for each)."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C, H', W'], each channel by its own filter."""
+        """[N, C, ...] to [N, C * filters, ...], each channel by its own filters."""
         host = cast("nn.Conv2d", self.host)
-        segments = self._active(self.rows)
-        weight = cast("Tensor", self.joined("weight", segments))
-        bias = self.joined("bias", segments)
-        return F.conv2d(inputs, weight, bias, host.stride, host.padding, host.dilation, weight.shape[0])
-
-    def grow_outputs(self, seed: str, size: int, draw: Draw | None) -> None:
-        """Add ``size`` channels with filters of their own."""
-        own = cast("Tensor", self._own("weight"))
-        shape = (size, *own.shape[1:])
-        self._put(f"weight:{seed}", own.new_zeros(shape).detach() if draw is None else draw.rows(own, shape), seed)
-        bias = self._own("bias")
-        if bias is not None:
-            self._put(f"bias:{seed}", bias.new_zeros(size).detach(), seed)
-        self.rows.append(seed)
+        weight, bias = cast("Tensor", self.joined("weight")), self.joined("bias")
+        convolve = _CONVOLVE[len(host.stride)]
+        return convolve(inputs, weight, bias, host.stride, host.padding, host.dilation, inputs.shape[1])
 
 
-class GrownNormalization(GrownVector):
-    """A widened batch normalization: newborn channels have gain 1 and running statistics of their own."""
+class HeldParameter(nn.Module):
+    """Stands for a Parameter of the model's own where layers are asked for; ``weight`` is that very Parameter."""
 
-    def _norm(self) -> nn.BatchNorm2d:
-        return cast("nn.BatchNorm2d", self.host)
-
-    def _statistics(self, name: str, segment: str) -> Tensor:
-        return cast("Tensor", getattr(self.host, name) if segment == HOST else getattr(self, f"{name}:{segment}"))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[N, C, ...] to the same shape; in training mode the running statistics of active channels move."""
-        host = self._norm()
-        segments = self._active(self.rows)
-        gain, shift = self.joined("weight", segments), self.joined("bias", segments)
-        mean = torch.cat([self._statistics("running_mean", segment) for segment in segments])
-        variance = torch.cat([self._statistics("running_var", segment) for segment in segments])
-        momentum = cast("float", host.momentum)
-        outputs = F.batch_norm(inputs, mean, variance, gain, shift, self.training, momentum, host.eps)
-        if self.training:
-            cast("Tensor", host.num_batches_tracked).add_(1)
-            self._write_back("running_mean", mean, segments, momentum)
-            self._write_back("running_var", variance, segments, momentum)
-        return outputs
-
-    @torch.no_grad()
-    def _write_back(self, name: str, updated: Tensor, segments: Sequence[str], momentum: float) -> None:
-        # One call normalizes all channels with the host's momentum; newborn ones go on in the same direction.
-        speed = min(NEWBORN_MOMENTUM_FACTOR, 1.0 / momentum) if momentum > 0 else 1.0
-        start = 0
-        for segment in segments:
-            target = self._statistics(name, segment)
-            value = updated[start : start + len(target)]
-            start += len(target)
-            if segment == HOST:
-                target.copy_(value)
-            else:
-                target.add_(value - target, alpha=speed)
-
-    def grow_outputs(self, seed: str, size: int, draw: Draw | None) -> None:
-        """Add ``size`` channels: gain 1, shift 0, mean 0, variance 1; nothing is drawn."""
-        del draw
-        host = self._norm()
-        self._put(f"weight:{seed}", host.weight.new_ones(size).detach(), seed)
-        self._put(f"bias:{seed}", host.bias.new_zeros(size).detach(), seed)
-        mean = cast("Tensor", host.running_mean)
-        self.register_buffer(f"running_mean:{seed}", mean.new_zeros(size))
-        self.register_buffer(f"running_var:{seed}", mean.new_ones(size))
-        self.rows.append(seed)
-
-    def remove(self, seed: str) -> None:
-        """Take out a seed's channels, their statistics too."""
-        super().remove(seed)
-        for name in ("running_mean", "running_var"):
-            self._buffers.pop(f"{name}:{seed}", None)
-
-    def _absorb_buffers(self, seed: str) -> dict[str, Tensor | None]:
-        names = ("running_mean", "running_var")
-        return {name: torch.cat([self._statistics(name, HOST), self._statistics(name, seed)]) for name in names}
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
 
 
-_GROWN: dict[Operation, Callable[[nn.Module], GrownLayer]] = {
-    Operation.CONV2D: GrownConvolution,
-    Operation.LINEAR: GrownLinear,
-    Operation.DEPTHWISE_CONV2D: GrownDepthwise,
-    Operation.BATCH_NORM1D: GrownNormalization,
-    Operation.BATCH_NORM2D: GrownNormalization,
-}
+class GrownParameter(GrownVector):
+    """A widened Parameter of the model's own, for example a position embedding.
 
+    What is added to channels is drawn at the live scale; a ``gain`` that multiplies them is born at its present mean.
+    """
 
-def grown(host: nn.Module, operation: Operation, factor: int = 1) -> GrownLayer:
-    """The growing form of a host's layer; ``factor`` is the number of input entries per channel of a linear layer."""
-    layer = _GROWN[operation](host)
-    if isinstance(layer, GrownMatrix):
-        layer.factor = factor
-    return layer
+    names = ("weight",)
+
+    def __init__(self, host: nn.Module, outputs: Side, *, axis: int, gain: bool) -> None:
+        super().__init__(host, outputs)
+        self.axis = axis
+        self.gain = gain
+
+    def forward(self) -> Tensor:
+        """The Parameter with all active blocks."""
+        return cast("Tensor", self.joined("weight"))
+
+    def newborn(self, name: str, live: Tensor, shape: Sequence[int], draw: Draw | None) -> Tensor:
+        """At the live scale, or the mean for a gain; a Parameter that is all zero gets zeros."""
+        del name
+        values = live.detach()
+        if self.gain:
+            return values.mean(self.axis, keepdim=True).expand(*shape).clone()
+        if draw is None or not bool(values.any()):
+            return values.new_zeros(tuple(shape))
+        ahead = [shape[self.axis], *shape[: self.axis], *shape[self.axis + 1 :]]
+        return draw.rows(values.movedim(self.axis, 0), ahead).movedim(0, self.axis).contiguous()
 
 
 def resized(host: nn.Module, tensors: dict[str, Tensor | None]) -> nn.Module:
@@ -395,29 +478,40 @@ def resized(host: nn.Module, tensors: dict[str, Tensor | None]) -> nn.Module:
             layer._parameters[name] = cast("nn.Parameter | None", tensor)
         else:
             layer._buffers[name] = tensor
-    weight = cast("Tensor", layer._parameters["weight"])
-    if isinstance(layer, nn.Conv2d):
-        layer.out_channels = weight.shape[0]
-        depthwise = layer.groups > 1
-        layer.in_channels = weight.shape[0] if depthwise else weight.shape[1]
-        layer.groups = weight.shape[0] if depthwise else 1
+    outputs = cast("Tensor", layer._parameters["weight"]).shape[0]
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if layer.groups > 1:
+            layer.groups = layer.in_channels = outputs // (layer.out_channels // layer.groups)
+        else:
+            layer.in_channels = layer.weight.shape[1]
+        layer.out_channels = outputs
     elif isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = weight.shape
-    else:
-        cast("nn.BatchNorm2d", layer).num_features = weight.shape[0]
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        layer.normalized_shape = (outputs,)
+    elif isinstance(layer, nn.GroupNorm):
+        if layer.num_groups > 1:
+            layer.num_groups = outputs // (layer.num_channels // layer.num_groups)
+        layer.num_channels = outputs
+    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        layer.num_features = outputs
     return layer
 
 
-def with_shape(host: nn.Module, outputs: int, inputs: int | None) -> nn.Module:
+def with_shape(host: nn.Module, outputs: int, inputs: int | None, axis: int = 0) -> nn.Module:
     """A plain layer like ``host`` with ``outputs`` and ``inputs`` entries; ``host`` itself if it has that shape.
 
-    Fresh tensors hold zeros: they are about to be loaded. ``inputs`` is ``None`` for layers without an input side.
+    Fresh tensors hold zeros: they are about to be loaded. ``inputs`` is ``None`` for layers without an input side;
+    ``axis`` is the dimension of the weight that holds the outputs.
     """
     own = cast("nn.Linear", host).weight
-    shape = (outputs, own.shape[1] if inputs is None and own.dim() > 1 else inputs, *own.shape[2:])[: own.dim()]
-    if tuple(own.shape) == shape:
+    shape = list(own.shape)
+    shape[axis] = outputs
+    if inputs is not None:
+        shape[1] = inputs
+    if list(own.shape) == shape:
         return host
-    tensors: dict[str, Tensor | None] = {"weight": nn.Parameter(own.new_zeros(cast("tuple[int, ...]", shape)).detach())}
+    tensors: dict[str, Tensor | None] = {"weight": nn.Parameter(own.new_zeros(shape).detach())}
     for name in ("bias", "running_mean", "running_var"):
         old = cast("Tensor | None", getattr(host, name, None))
         if old is not None:
@@ -430,29 +524,18 @@ def _cat(tensors: Sequence[Tensor], dimension: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dimension)
 
 
-def _placed(grid: list[list[nn.Parameter]]) -> tuple[tuple[nn.Parameter, tuple[slice, ...]], ...]:
-    parts: list[tuple[nn.Parameter, tuple[slice, ...]]] = []
-    top = 0
-    for strip in grid:
-        left = 0
-        for part in strip:
-            height, width = part.shape[0], part.shape[1]
-            rest = tuple(slice(0, extent) for extent in part.shape[2:])
-            parts.append((part, (slice(top, top + height), slice(left, left + width), *rest)))
-            left += width
-        top += strip[0].shape[0]
-    return tuple(parts)
-
-
-def _fuse_vectors(parts: Sequence[nn.Parameter], replaced: list[Replacement]) -> nn.Parameter:
-    with torch.no_grad():
-        value = torch.cat([part.detach() for part in parts])
-    new = nn.Parameter(value, requires_grad=any(part.requires_grad for part in parts))
-    placed: list[tuple[nn.Parameter, tuple[slice, ...]]] = []
-    start = 0
-    for part in parts:
-        rest = tuple(slice(0, extent) for extent in part.shape[1:])
-        placed.append((part, (slice(start, start + len(part)), *rest)))
-        start += len(part)
+def _fuse(
+    parts: Sequence[tuple[nn.Parameter, tuple[slice | Tensor, ...]]], shape: Sequence[int], replaced: list[Replacement]
+) -> nn.Parameter:
+    """One Parameter of ``shape`` from parts and the leading indices of where they go; a single part stays itself."""
+    if len(parts) == 1:
+        return parts[0][0]
+    value = parts[0][0].new_empty(tuple(shape)).detach()
+    placed = []
+    for part, where in parts:
+        index = (*where, *(slice(None) for _ in part.shape[len(where) :]))
+        value[index] = part.detach()
+        placed.append((part, index))
+    new = nn.Parameter(value, requires_grad=any(part.requires_grad for part, _ in parts))
     replaced.append(Replacement(new, tuple(placed)))
     return new
