@@ -73,6 +73,7 @@ def _layer_to_proto(layer: LayerInterface) -> common_pb2.LayerInterface:
         weight_shape=layer.weight_shape,
         output_shape=layer.output_shape,
         bias=layer.bias,
+        unit=layer.unit,
     )
 
 
@@ -84,6 +85,7 @@ def _layers_to_json(layers: Iterable[common_pb2.LayerInterface]) -> list[JsonVal
             "weight_shape": list(layer.weight_shape),
             "output_shape": list(layer.output_shape),
             "bias": layer.bias,
+            "unit": layer.unit,
         }
         for layer in layers
     ]

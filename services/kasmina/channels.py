@@ -123,7 +123,7 @@ class Channels:
         return self._pins.get(self.find(variable))
 
     def split(self, axis: Axis, rest: int) -> Axis | None:
-        """The leading dimension of ``axis`` split into parts of ``rest`` entries; ``None`` where that mixes channels."""
+        """``axis`` split into parts of ``rest`` entries, its leading dimension; ``None`` where that mixes channels."""
         [piece, *more] = axis.pieces
         if more or piece.variable is None:
             return None

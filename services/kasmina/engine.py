@@ -241,8 +241,9 @@ class GrowthEngine:
 
     def health_samples_needed(self) -> int:
         """Images that a health measurement needs so that no slot stays unmeasured."""
-        widths = [self._network.width(name) for name in self._slots if name in self._analysis.slots]
-        return health.SAMPLES_PER_CHANNEL * max(widths, default=0)
+        slots = [self._analysis.slots[name] for name in self._slots if name in self._analysis.slots]
+        features = [self._network.width(slot.name) * slot.unit for slot in slots]
+        return health.SAMPLES_PER_CHANNEL * max(features, default=0)
 
     def measure_health(self, batches: Iterable[Tensor], *, gradient_norms: bool = True) -> HealthReport:
         """How much of its width each WIDTH slot uses, on these inputs.
@@ -253,9 +254,9 @@ class GrowthEngine:
         for name in self._slots:
             slot = self._analysis.slots.get(name)
             if slot is not None:
-                readers = [(self._network.layer(path), self._analysis.sites[path].factor) for path in slot.readers]
+                readers = [health.Reader(*found) for found in self._network.probes(name)]
                 writers = self._network.writer_parameters(name)
-                probes.append(health.Probe(name, self._network.width(name), readers, writers))
+                probes.append(health.Probe(name, self._network.width(name), readers, writers, slot.unit))
         return health.measure(
             self.model, batches, probes, flops_per_sample=float(self.flops()), gradient_norms=gradient_norms
         )
@@ -361,9 +362,12 @@ class GrowthEngine:
             flops=family.flops(manifest.parameters, interface, record.size) or 0,
         )
         if record.slot in self._analysis.slots:
-            self._update(seed_id, alpha=1.0, graft_epoch=self._epoch)
+            blends = self._network.blends(record.slot) and self._settings.blend_steps > 0
+            self._update(seed_id, alpha=0.0 if blends else 1.0, graft_epoch=self._epoch)
             done.append(self._move(seed_id, SeedState.GRAFTING, step, "widened, output unchanged"))
-            done.append(self._move(seed_id, SeedState.EVALUATING, step, "there is nothing to blend"))
+            if not blends:
+                self._network.set_share(seed_id, 1.0)
+                done.append(self._move(seed_id, SeedState.EVALUATING, step, "there is nothing to blend"))
             return done
         return [*done, self._advance(seed_id, step, "its branch is built")]
 
@@ -431,7 +435,7 @@ class GrowthEngine:
 
     def _ramp(self, seed_id: str, step: int, elapsed: int) -> list[SeedTransition]:
         share = 1.0 if elapsed >= self._settings.blend_steps else elapsed / self._settings.blend_steps
-        self._bridge_of(seed_id).set_share(share)
+        self._network.set_share(seed_id, share)
         self._update(seed_id, alpha=share)
         return [self._advance(seed_id, step, "alpha reached 1")] if share == 1.0 else []
 
@@ -753,6 +757,7 @@ class GrowthEngine:
         plan = self._plans.get(record.seed)
         if plan is None:
             self._network.widen(record.seed, record.slot, record.size, None)
+            self._network.set_share(record.seed, record.alpha)
             return
         bridge = self._build_bridge(record, plan, 0)
         if record.state is SeedState.TRAINING:

@@ -295,7 +295,7 @@ def _unfit(model: nn.Module, calls: _Calls) -> dict[str, str]:
             module.affine and module.track_running_stats and module.momentum is not None
         ):
             reasons[path] = "normalization without gain, running statistics or momentum cannot be widened"
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and module.weight is None:
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and getattr(module, "weight", None) is None:
             reasons[path] = f"{type(module).__name__} without gain cannot be widened"
     return reasons
 
@@ -486,9 +486,13 @@ def _width_slots(
         unit = run.channels.grain(root)
         width = cast("nn.Linear", model.get_submodule(name)).weight.shape[0] // unit
         names[root] = name
-        paths = (tuple(dict.fromkeys(use.path for use in group)) for group in (writers, followers, readers))
-        slots[name] = WidthSlot(name, width, *paths, unit, any(_blends(model, use) for use in followers))
+        blended = any(_blends(model, use) for use in followers)
+        slots[name] = WidthSlot(name, width, _paths(writers), _paths(followers), _paths(readers), unit, blended)
     return names
+
+
+def _paths(uses: Sequence[Use]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(use.path for use in uses))
 
 
 def _roots(run: Propagation, axis: Axis | None) -> list[int]:

@@ -5,6 +5,11 @@ effective rank: a measure of effective dimensionality", EUSIPCO 2007); the parti
 (sum of eigenvalues)^2 / (sum of their squares) of the covariance. Both are taken after the activation, over
 all positions of the sample, in evaluation mode, forward only. Positions of one image are correlated, so images
 count as samples: fewer than twenty per channel are no measurement.
+
+Where a channel is a unit of several entries (a head of an attention, a group of a normalization), the ranks are those
+of all entries of all units, divided by the entries of one. Taking a unit's entries for positions instead would
+correlate the j-th entry of one head with the j-th of another, although each head may rotate its entries as it likes:
+the figure would depend on a basis that means nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +23,32 @@ from torch import Tensor, nn
 
 from services.kasmina.graph import undisturbed
 from services.kasmina.model import HealthReport, SlotHealth
+from services.kasmina.widening import GrownLinear
 
 SAMPLES_PER_CHANNEL = 20
 """Images that a measurement needs for each channel."""
 
+_LINEAR = (nn.Linear, GrownLinear)
+
 _DEAD_RATIO = 1e-8
 """A channel that varies less than this share of the mean variance is dead: it has no direction of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What reads a slot's channels.
+
+    Attributes:
+        module: The layer.
+        start: Where the channels begin among its inputs.
+        entries: How many of its inputs they take.
+        factor: How many consecutive inputs are one feature at several positions.
+    """
+
+    module: nn.Module
+    start: int
+    entries: int
+    factor: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +58,35 @@ class Probe:
     Attributes:
         slot: Name of the slot.
         width: Its channels.
-        readers: Modules that read them, with the number of consecutive entries per channel.
+        readers: What reads them.
         writers: Weights that write them; their gradients are looked at.
+        unit: Features per channel.
     """
 
     slot: str
     width: int
-    readers: Sequence[tuple[nn.Module, int]]
+    readers: Sequence[Reader]
     writers: Sequence[nn.Parameter] = ()
+    unit: int = 1
 
 
 @dataclass(slots=True)
 class _Moments:
-    """Running first and second moments of the channels that one reader reads; double precision."""
+    """Running first and second moments of the features that one reader reads; double precision."""
 
+    reader: Reader
     width: int
-    factor: int
     positions: int = 0
     total: Tensor | None = None
     products: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Take in what a reader reads: [N, C, H, W] or [..., C * factor]."""
-        channels = values.detach().double()
-        if channels.dim() == 4:
-            channels = channels.transpose(0, 1).reshape(self.width, -1)
-        else:
-            channels = channels.reshape(-1, self.width, self.factor).transpose(0, 1).reshape(self.width, -1)
+        """Take in what a reader reads: [N, C, ...] of a convolution or [..., C * factor] of a linear layer."""
+        axis = values.dim() - 1 if isinstance(self.reader.module, _LINEAR) else 1
+        channels = values.detach().narrow(axis, self.reader.start, self.reader.entries).double().movedim(axis, 0)
+        if self.reader.factor > 1:
+            channels = channels.reshape(self.width, self.reader.factor, *channels.shape[1:])
+        channels = channels.reshape(self.width, -1)
         products, total = channels @ channels.T, channels.sum(1)
         self.products = products if self.products is None else self.products + products
         self.total = total if self.total is None else self.total + total
@@ -122,12 +149,14 @@ def measure(
         flops_per_sample: Forward FLOPs of the network per sample, for the bill.
         gradient_norms: Also report the norm of the gradients that the last backward pass left.
     """
-    watches = [_Watch(probe, [_Moments(probe.width, factor) for _, factor in probe.readers]) for probe in probes]
+    watches = [
+        _Watch(probe, [_Moments(reader, probe.width * probe.unit) for reader in probe.readers]) for probe in probes
+    ]
     norms = {probe.slot: _gradient_norm(probe.writers) if gradient_norms else None for probe in probes}
     handles = [
-        reader.register_forward_pre_hook(_collector(moments))
+        moments.reader.module.register_forward_pre_hook(_collector(moments))
         for watch in watches
-        for (reader, _), moments in zip(watch.probe.readers, watch.moments, strict=True)
+        for moments in watch.moments
     ]
     samples = 0
     try:
@@ -160,12 +189,13 @@ def _gradient_norm(writers: Sequence[nn.Parameter]) -> float | None:
 
 def _judge(watch: _Watch, samples: int, gradient_norm: float | None) -> SlotHealth:
     probe = watch.probe
-    needed = SAMPLES_PER_CHANNEL * probe.width
+    features = probe.width * probe.unit
+    needed = SAMPLES_PER_CHANNEL * features
     # A slot with several readers is in need if one of them finds it full.
     best: tuple[float | None, float | None, float | None] = (None, None, None)
     reason = ""
     if samples < needed:
-        reason = f"{samples} images are too few for {probe.width} channels, which need {needed}"
+        reason = f"{samples} images are too few for {features} channels, which need {needed}"
     else:
         for moments in watch.moments:
             covariance = moments.covariance()
@@ -178,6 +208,7 @@ def _judge(watch: _Watch, samples: int, gradient_norm: float | None) -> SlotHeal
         if best[0] is None and not reason:
             reason = "no channel varies on the sample"
     rank, participation, dead = best
+    rank, participation = (None if value is None else value / probe.unit for value in (rank, participation))
     utilization = None if rank is None else rank / probe.width
     return SlotHealth(
         slot=probe.slot,

@@ -52,9 +52,7 @@ def grown(host: nn.Module, operation: Operation, outputs: Side | None = None, in
 
 def grown_at(site: Site, host: nn.Module, width: Callable[[str], int]) -> GrownLayer:
     """The growing form of the layer or Parameter at a site, with the settled widths of slots."""
-    outputs, inputs = (
-        Side(parts, [part.entries(width) for part in parts]) for parts in (site.outputs, site.inputs)
-    )
+    outputs, inputs = (Side(parts, [part.entries(width) for part in parts]) for parts in (site.outputs, site.inputs))
     if site.operation is Operation.PARAMETER:
         return GrownParameter(host, outputs, axis=site.axis, gain=site.gain)
     return grown(host, site.operation, outputs if site.outputs else None, inputs if site.inputs else None)

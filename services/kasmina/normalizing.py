@@ -51,7 +51,7 @@ class GrownBatchNorm(GrownVector):
     def _write_back(self, name: str, updated: Tensor, blocks: Sequence[Block], momentum: float) -> None:
         # One call normalizes all channels with the host's momentum; newborn ones go on in the same direction.
         speed = min(NEWBORN_MOMENTUM_FACTOR, 1.0 / momentum) if momentum > 0 else 1.0
-        for block, value in zip(blocks, updated.split([block.size for block in blocks]), strict=True):
+        for block, value in zip(blocks, torch.split(updated, [block.size for block in blocks]), strict=True):
             target = self._statistics(name, block)
             if block.name == HOST:
                 target.copy_(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
@@ -278,23 +278,28 @@ class Propagation(fx.Interpreter):
                 axis = self.channels.new(result.shape[-1])
                 self._use(path, Operation.LINEAR, axis, labels[-1], follower=False)
                 return (*labels[:-1], axis)
-            if kind in BATCH_NORMALIZATIONS:
-                self._use(path, BATCH_NORMALIZATIONS[kind], labels[1], None, follower=True)
-                return labels
-            if kind in {nn.LayerNorm, nn.RMSNorm}:
-                return self._label_layer_norm(path, cast("nn.LayerNorm", module), labels)
-            if kind is nn.GroupNorm:
-                return self._label_group_norm(path, cast("nn.GroupNorm", module), labels)
-            if kind in _POINTWISE_MODULES or (kind is nn.PReLU and cast("nn.PReLU", module).num_parameters == 1):
-                return labels
-            if kind in _POOLING_MODULES:
-                return self._pool(labels, result, path)
-            if kind is nn.Flatten:
-                return self._regroup(self._shape(source), labels, result, path)
-            if kind is nn.Softmax and isinstance(dim := cast("nn.Softmax", module).dim, int):
-                self.channels.pin((labels[dim],), f"passes through {path}: {_module_reason(kind)}")
-                return labels
+            if isinstance(module, NORMALIZING):
+                return self._label_normalization(path, module, labels)
+            passed = self._pass(path, module, labels, self._shape(source), result)
+            if passed is not None:
+                return passed
         return self._label_opaque(node) or self._blank(result)
+
+    def _pass(
+        self, path: str, module: nn.Module, labels: Labels, shape: tuple[int, ...], result: Tensor
+    ) -> Labels | None:
+        """Labels behind a module without channels of its own; ``None`` for one that is not known."""
+        kind = type(module)
+        if kind in _POINTWISE_MODULES or (kind is nn.PReLU and cast("nn.PReLU", module).num_parameters == 1):
+            return labels
+        if kind in _POOLING_MODULES:
+            return self._pool(labels, result, path)
+        if kind is nn.Flatten:
+            return self._regroup(labels, result, path, shape)
+        if kind is nn.Softmax and isinstance(dim := cast("nn.Softmax", module).dim, int):
+            self.channels.pin((labels[dim],), f"passes through {path}: {_module_reason(kind)}")
+            return labels
+        return None
 
     def _label_opaque(self, node: fx.Node) -> Labels:
         path, module = self.prefix + str(node.target), self.submodules[str(node.target)]
@@ -338,7 +343,16 @@ class Propagation(fx.Interpreter):
             self.channels.pin((incoming, axis), reason)
         return (labels[0], axis, *behind)
 
-    def _label_layer_norm(self, path: str, norm: nn.LayerNorm, labels: Labels) -> Labels:
+    def _label_normalization(self, path: str, module: nn.Module, labels: Labels) -> Labels:
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            self._use_layer_norm(path, module, labels)
+        elif isinstance(module, nn.GroupNorm):
+            self._use_group_norm(path, module, labels)
+        else:
+            self._use(path, BATCH_NORMALIZATIONS[type(module)], labels[1], None, follower=True)
+        return labels
+
+    def _use_layer_norm(self, path: str, norm: nn.LayerNorm | nn.RMSNorm, labels: Labels) -> None:
         over = labels[-len(norm.normalized_shape) :]
         if len(over) > 1:
             reason = "it normalizes over several dimensions with a gain for each entry, which cannot be widened"
@@ -346,9 +360,8 @@ class Propagation(fx.Interpreter):
         elif over[0] is not None:
             operation = Operation.LAYER_NORM if type(norm) is nn.LayerNorm else Operation.RMS_NORM
             self._use(path, operation, over[0], None, follower=True)
-        return labels
 
-    def _label_group_norm(self, path: str, norm: nn.GroupNorm, labels: Labels) -> Labels:
+    def _use_group_norm(self, path: str, norm: nn.GroupNorm, labels: Labels) -> None:
         axis = labels[1]
         self.channels.pin(labels[2:], f"{path} normalizes over it")
         self._use(path, Operation.GROUP_NORM, axis, None, follower=True)
@@ -358,7 +371,6 @@ class Propagation(fx.Interpreter):
                 self.channels.pin((axis,), f"{path}: the groups of a GroupNorm would move over a concatenation")
             elif (variable := axis.pieces[0].variable) is not None:
                 self.channels.refine(variable, norm.num_channels // norm.num_groups)
-        return labels
 
     # -------------------------------------------------- functions and methods
 
@@ -369,28 +381,12 @@ class Propagation(fx.Interpreter):
             return self._broadcast(node, result, name)
         if name in _CONCATENATIONS:
             return self._concatenate(node, result)
-        if isinstance(source, fx.Node) and labels:
-            if name in _POINTWISE and len(labels) == result.dim():
-                return labels
-            if name in _POOLING:
-                return self._pool(labels, result, name_of(node))
-            if name in _REDUCTIONS:
-                return self._reduce(node, labels, result)
-            if name in _RESHAPES:
-                return self._reshape(node, self._shape(source), labels, result, name)
-            if name == "getitem":
-                return self._index(node, labels, result)
-            if name in {"permute", "transpose"}:
-                return self._permute(node, labels, name)
-            if name == "expand":
-                return self._expand(node, labels, result)
-            if name in _SOFTMAX and isinstance(dim := _argument(node, 1, "dim"), int):
-                self.channels.pin((labels[dim],), f"passes through {name_of(node)}, which normalizes over it")
-                return labels
-            if name in _PRODUCTS:
-                return self._product(node, result)
-            if name == "scaled_dot_product_attention":
-                return self._attend(node, result)
+        if name in _POINTWISE and len(labels) == result.dim():
+            return labels
+        rule = _RULES.get(name) if labels else None
+        passed = None if rule is None else rule(self, node, labels, result)
+        if passed is not None:
+            return passed
         if name in {"conv1d", "conv2d", "conv3d", "linear"} and isinstance(node.args[1], fx.Node):
             weight = cast("Tensor", self.env[node.args[1]])
             self.products.append(Product(2.0 * result.numel() * weight[0].numel() / result.shape[0]))
@@ -448,8 +444,9 @@ class Propagation(fx.Interpreter):
         out[along] = Axis(tuple(pieces)) if any(piece.variable is not None for piece in pieces) else None
         return tuple(out)
 
-    def _product(self, node: fx.Node, result: Tensor) -> Labels:
+    def _product(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
         """Labels of ``a @ b``: rows of ``a``, columns of ``b``; what is summed over cannot grow."""
+        del labels
         factors = [n for n in node.args if isinstance(n, fx.Node)]
         shapes = [self._shape(n) for n in factors]
         contracted = shapes[0][-1]
@@ -476,8 +473,9 @@ class Propagation(fx.Interpreter):
                 self.channels.pin((axis,), "a product of it is not billed part by part")
         return tuple(axis for axis in labels if axis is not None and len(axis.pieces) == 1)
 
-    def _attend(self, node: fx.Node, result: Tensor) -> Labels:
+    def _attend(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
         """Labels of scaled_dot_product_attention: heads are a batch dimension; tokens and head entries cannot grow."""
+        del labels
         named = ("query", "key", "value")
         inputs = [_argument(node, position, name) for position, name in enumerate(named)]
         query, key, value = (n for n in inputs if isinstance(n, fx.Node))
@@ -487,7 +485,7 @@ class Propagation(fx.Interpreter):
         mask = _argument(node, 3, "attn_mask")
         if isinstance(mask, fx.Node):
             sources.append((self._of(mask), self._shape(mask)))
-        batch = [((*labels[:-2], None, None), (*shape[:-2], 1, 1)) for labels, shape in sources]
+        batch = [((*axes[:-2], None, None), (*shape[:-2], 1, 1)) for axes, shape in sources]
         out = self._merge(batch, result, "scaled_dot_product_attention")
         entries = result.numel() / result.shape[0] / result.shape[-1]
         wide = self._shape(query)[-1] + result.shape[-1]
@@ -513,9 +511,20 @@ class Propagation(fx.Interpreter):
             return tuple(None if d in reduced else axis for d, axis in enumerate(labels))
         return tuple(axis for d, axis in enumerate(labels) if d not in reduced)
 
-    def _reshape(self, node: fx.Node, shape: tuple[int, ...], labels: Labels, result: Tensor, name: str) -> Labels:
-        out = self._regroup(shape, labels, result, name_of(node))
-        if name in {"view", "reshape"}:
+    def _softmax(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels | None:
+        del result
+        dim = _argument(node, 1, "dim")
+        if not isinstance(dim, int):
+            return None
+        self.channels.pin((labels[dim],), f"passes through {name_of(node)}, which normalizes over it")
+        return labels
+
+    def _pool_function(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
+        return self._pool(labels, result, name_of(node))
+
+    def _reshape(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
+        out = self._regroup(labels, result, name_of(node), self._shape(node.all_input_nodes[0]))
+        if name_of(node) in {"view", "reshape"}:
             self._check_sizes(node, out, "shape")
         return out
 
@@ -538,7 +547,7 @@ class Propagation(fx.Interpreter):
                 reason = f"{name} gives it the size of something else (write -1, or flatten, where channels are)"
                 self.channels.pin((axis, size if isinstance(size, Axis) else None), reason)
 
-    def _regroup(self, shape: tuple[int, ...], labels: Labels, result: Tensor, name: str) -> Labels:
+    def _regroup(self, labels: Labels, result: Tensor, name: str, shape: tuple[int, ...]) -> Labels:
         """Labels behind a reshape: channels take up the dimensions behind them, or split into constant parts."""
         out: list[Axis | None] = list(self._blank(result))
         for sources, targets in groups(shape, tuple(result.shape)):
@@ -586,7 +595,9 @@ class Propagation(fx.Interpreter):
                 return self._blank(result)
         return (*out, *left)
 
-    def _permute(self, node: fx.Node, labels: Labels, name: str) -> Labels:
+    def _permute(self, node: fx.Node, labels: Labels, result: Tensor) -> Labels:
+        del result
+        name = name_of(node)
         given = node.args[1:]
         flat = [d for arg in given for d in (arg if isinstance(arg, tuple | list) else (arg,))]
         dims = [d % len(labels) for d in flat if isinstance(d, int)]
@@ -599,6 +610,21 @@ class Propagation(fx.Interpreter):
         self.channels.pin(labels, f"{name_of(node)} moves it in a way that is not constant")
         return (None,) * len(labels)
 
+
+_Rule = Callable[[Propagation, fx.Node, Labels, Tensor], Labels | None]
+_RULES: Mapping[str, _Rule] = {
+    **dict.fromkeys(_POOLING, Propagation._pool_function),
+    **dict.fromkeys(_REDUCTIONS, Propagation._reduce),
+    **dict.fromkeys(_RESHAPES, Propagation._reshape),
+    **dict.fromkeys(_SOFTMAX, Propagation._softmax),
+    **dict.fromkeys(_PRODUCTS, Propagation._product),
+    "getitem": Propagation._index,
+    "permute": Propagation._permute,
+    "transpose": Propagation._permute,
+    "expand": Propagation._expand,
+    "scaled_dot_product_attention": Propagation._attend,
+}
+"""How labels pass through functions and methods of one labelled tensor, by name."""
 
 _ONE = Fraction(1)
 

@@ -153,7 +153,7 @@ class GrowingNetwork:
         parts = site.inputs if reads else site.outputs
         unit = sum(part.factor for part in parts if part.slot == slot)
         # What the layer's shape says by itself is left out: one entry, or all inputs in equal shares.
-        usual = unit * self.width(slot) == shape[1] if reads else unit == 1
+        usual = unit * self.width(slot) == shape[1] if reads else unit == 1 and self.width(slot) == shape[0]
         outputs = self._resized(behind, site, site.outputs) if behind else ()
         return LayerInterface(path, site.operation, tuple(shape), outputs, bias, 0 if usual else unit)
 
@@ -277,8 +277,12 @@ class GrowingNetwork:
             self._layers[path].set_share(seed, share)
 
     def probes(self, slot: str) -> list[tuple[nn.Module, int, int, int]]:
-        """What reads a WIDTH slot: the layer, where its channels begin among the inputs, how many inputs they take, and
-        how many consecutive ones are one feature at several positions."""
+        """What reads a WIDTH slot.
+
+        Returns:
+            For each: the layer, where the channels begin among its inputs, how many inputs they take, and how many
+            consecutive ones are one feature at several positions.
+        """
         found = []
         unit = self.analysis.slots[slot].unit
         for path in self.analysis.slots[slot].readers:

@@ -212,7 +212,7 @@ class GrownLayer(nn.Module):
     # -------------------------------------------------- for subclasses
 
     def grow_outputs(self, seed: str, size: int, draw: Draw | None, slot: str | None = None) -> None:
-        """Add ``size`` channels of ``slot`` to the outputs; zeros where ``draw`` is ``None`` (they are loaded later)."""
+        """Add ``size`` channels of ``slot`` to the outputs; without ``draw`` zeros, to be loaded later."""
         raise NotImplementedError
 
     def grow_inputs(self, seed: str, size: int, slot: str | None = None) -> None:
@@ -238,7 +238,8 @@ class GrownMatrix(GrownLayer):
         return cast("nn.Linear", self.host)
 
     def _cell(self, row: str, column: str) -> nn.Parameter:
-        return self._host().weight if row == column == HOST else self.cells[f"weight:{row}:{column}"]
+        own = self._host().weight if row == column == HOST else self.cells[f"weight:{row}:{column}"]
+        return cast("nn.Parameter", own)
 
     def weight(self) -> Tensor:
         """The weight with all active blocks, [outputs, inputs, ...]."""
@@ -359,7 +360,7 @@ class GrownVector(GrownLayer):
 
     def _block(self, name: str, block: Block) -> Tensor:
         if block.name != HOST:
-            return self.cells[f"{name}:{block.name}"]
+            return cast("Tensor", self.cells[f"{name}:{block.name}"])
         own = cast("Tensor", self._own(name))
         return own.narrow(self.axis, block.start, block.size) if self.outputs.divided else own
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.kasmina.health import SAMPLES_PER_CHANNEL, Probe, measure, spectrum
+from services.kasmina.health import SAMPLES_PER_CHANNEL, Probe, Reader, measure, spectrum
 from tests.support.growth import Loop, PlainNet, ResidualNet, engine_for, equal, fresh, graft, images, snapshot
 
 
@@ -66,7 +66,9 @@ def test_moments_of_maps_flattened_maps_and_features_agree_with_the_covariance()
     maps = torch.randn(100, 3, 4, 4) @ torch.randn(4, 4)
     expected = spectrum(covariance(maps.double().transpose(0, 1).reshape(3, -1).T))
     for reader, factor in ((net.conv, 1), (net.flat, 16), (net.tokens, 1)):
-        report = measure(net, torch.split(maps, 30), [Probe("a", 3, [(reader, factor)])], flops_per_sample=10.0)
+        report = measure(
+            net, torch.split(maps, 30), [Probe("a", 3, [Reader(reader, 0, 3 * factor, factor)])], flops_per_sample=10.0
+        )
         [health] = report.slots
         assert health.effective_rank == pytest.approx(expected[0], rel=1e-6)
         assert health.participation_ratio == pytest.approx(expected[1], rel=1e-6)
@@ -86,11 +88,13 @@ def test_the_neediest_reader_speaks_for_the_slot() -> None:
             return out
 
     net = Net()
-    probe = Probe("a", 2, [(net.dead, 1), (net.poor, 1), (net.rich, 1)])
+    probe = Probe("a", 2, [Reader(layer, 0, 2, 1) for layer in (net.dead, net.poor, net.rich)])
     [health] = measure(net, [normals(100, 2).float()], [probe], flops_per_sample=1.0).slots
     assert health.effective_rank is not None
     assert health.effective_rank > 1.9
-    [health] = measure(net, [normals(100, 2).float()], [Probe("a", 2, [(net.dead, 1)])], flops_per_sample=1.0).slots
+    [health] = measure(
+        net, [normals(100, 2).float()], [Probe("a", 2, [Reader(net.dead, 0, 2, 1)])], flops_per_sample=1.0
+    ).slots
     assert (health.effective_rank, health.dead_ratio) == (None, 1.0)
     assert health.unmeasured_reason == "no channel varies on the sample"
 

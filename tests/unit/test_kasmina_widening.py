@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from services.blueprints.vocabulary import Operation
 from services.kasmina.graph import analyze
+from services.kasmina.layers import grown
 from services.kasmina.lifecycle import SeedState
+from services.kasmina.normalizing import NEWBORN_MOMENTUM_FACTOR
 from services.kasmina.topology import GrowingNetwork
-from services.kasmina.widening import NEWBORN_MOMENTUM_FACTOR, Draw, GrownLayer, grown, with_shape
+from services.kasmina.widening import Draw, GrownLayer, with_shape
 from tests.support.growth import (
     DepthwiseNet,
     Loop,

@@ -75,8 +75,8 @@ def test_a_blueprint_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_layer_that_cannot_be_widened_is_refused_by_name() -> None:
-    grouped = replace(WIDTH, followers=(layer("g", Operation.GROUP_NORM, 3, output=(3, 8, 8), bias=True),))
-    with pytest.raises(SpecError, match="g: group_norm cannot be widened"):
+    grouped = replace(WIDTH, followers=(layer("g", Operation.RELU, 3, output=(3, 8, 8), bias=True),))
+    with pytest.raises(SpecError, match="g: relu cannot be widened"):
         widened_standins(grouped, 2, 1.0, 0)
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from services.blueprints.families.family import LifecyclePath
-from services.blueprints.spec import InitRecipe, Interface, LayerInterface, Scalar, SlotKind, SpecError, positions_of
-from services.blueprints.vocabulary import NORMALIZATIONS, InitRule, LayerSpec, Operation
+from services.blueprints.spec import InitRecipe, Interface, LayerInterface, Scalar, SlotKind, SpecError
+from services.blueprints.vocabulary import CONVOLUTIONS, DEPTHWISE, NORMALIZATIONS, InitRule, LayerSpec, Operation
 
-_WRITES: Final = frozenset({Operation.CONV2D, Operation.LINEAR})
-_FOLLOWS: Final = NORMALIZATIONS | {Operation.DEPTHWISE_CONV2D}
+_READS: Final = CONVOLUTIONS | {Operation.LINEAR}
+_WRITES: Final = _READS | {Operation.PARAMETER}
+_FOLLOWS: Final = NORMALIZATIONS | DEPTHWISE | {Operation.RMS_NORM, Operation.PARAMETER}
 
 
 class Widen:
@@ -41,23 +43,27 @@ class Widen:
             return "widen goes into WIDTH slots, this is a SPAN"
         if not interface.writers or not interface.readers:
             return "nothing writes the channels" if not interface.writers else "nothing reads the channels"
-        width = interface.writers[0].weight_shape[0]
+        width = width_of(interface)
         for layer in interface.writers:
-            if layer.operation not in _WRITES or layer.weight_shape[0] != width:
+            if layer.operation not in _WRITES or layer.weight_shape[0] != width * (layer.unit or 1):
                 return f"{layer.path} ({layer.operation}) does not write {width} channels"
         for layer in interface.readers:
-            # A linear layer behind a flatten reads each channel at several positions.
-            if layer.operation not in _WRITES or len(layer.weight_shape) < 2 or layer.weight_shape[1] % width:
+            # A linear layer behind a flatten reads each channel at several positions, one behind a concatenation
+            # other channels too.
+            if layer.operation not in _READS or len(layer.weight_shape) < 2 or not _fits(layer, width):
                 return f"{layer.path} ({layer.operation}) does not read {width} channels"
         for layer in interface.followers:
-            if layer.operation not in _FOLLOWS or layer.weight_shape[0] != width:
+            # Behind a concatenation it follows other channels too.
+            channels = layer.weight_shape[0]
+            fits = channels >= width * layer.unit if layer.unit else channels == width
+            if layer.operation not in _FOLLOWS or not fits:
                 return f"{layer.path} ({layer.operation}) does not follow {width} channels one by one"
         return None
 
     def default_size(self, parameters: Mapping[str, Scalar], interface: Interface) -> int:
         """Half as many channels again, at least one."""
         del parameters
-        return max(1, interface.writers[0].weight_shape[0] // 2)
+        return max(1, width_of(interface) // 2)
 
     def layers(self, parameters: Mapping[str, Scalar], interface: Interface, size: int) -> tuple[LayerSpec, ...]:
         """None: it widens layers that are there."""
@@ -67,43 +73,67 @@ class Widen:
     def parameters(self, parameters: Mapping[str, Scalar], interface: Interface, size: int) -> int:
         """Parameters it adds: wider weights and, where there are, biases."""
         del parameters
-        writers = {layer.path for layer in interface.writers}
         return sum(
-            _added(layer, interface, size) + (size if _bias_grows(layer, writers) else 0)
-            for layer in _touched(interface)
+            _added(layer, growth, size) + (growth.outputs * size if _bias_grows(layer) else 0)
+            for layer, growth in growths(interface)
         )
 
     def flops(self, parameters: Mapping[str, Scalar], interface: Interface, size: int) -> int | None:
-        """Forward FLOPs per sample it adds; ``None`` if a layer's output shape is not known."""
+        """Forward FLOPs per sample that its layers add; ``None`` if a layer's output shape is not known.
+
+        Products of an attention between its layers are no layers: the network's cost terms have them.
+        """
         del parameters
-        layers = _touched(interface)
-        if not all(layer.output_shape for layer in layers):
-            return None
-        return sum(2 * _added(layer, interface, size) * positions_of(layer.output_shape) for layer in layers)
+        total = 0
+        for layer, growth in growths(interface):
+            if layer.operation is Operation.PARAMETER:
+                continue
+            if not layer.output_shape:
+                return None
+            positions = math.prod(layer.output_shape) // layer.weight_shape[0]
+            total += 2 * _added(layer, growth, size) * positions
+        return total
 
 
-def _touched(interface: Interface) -> tuple[LayerInterface, ...]:
-    """Every layer at the slot, once."""
-    layers = (*interface.writers, *interface.followers, *interface.readers)
-    return tuple({layer.path: layer for layer in layers}.values())
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Entries that one more channel adds to a layer's outputs and inputs."""
+
+    outputs: int
+    inputs: int
 
 
-def _added(layer: LayerInterface, interface: Interface, size: int) -> int:
+def width_of(interface: Interface) -> int:
+    """Channels of a WIDTH slot: what its first writer writes, in its units."""
+    writer = interface.writers[0]
+    return writer.weight_shape[0] // (writer.unit or 1)
+
+
+def growths(interface: Interface) -> tuple[tuple[LayerInterface, Growth], ...]:
+    """Every layer at the slot, once, with what a channel adds to it."""
+    width = width_of(interface)
+    outputs = {layer.path: layer.unit or 1 for layer in (*interface.writers, *interface.followers)}
+    inputs = {layer.path: layer.unit or layer.weight_shape[1] // width for layer in interface.readers}
+    layers = {layer.path: layer for layer in (*interface.writers, *interface.followers, *interface.readers)}
+    return tuple((layer, Growth(outputs.get(path, 0), inputs.get(path, 0))) for path, layer in layers.items())
+
+
+def _fits(layer: LayerInterface, width: int) -> bool:
+    inputs = layer.weight_shape[1]
+    return width * layer.unit <= inputs if layer.unit else inputs % width == 0
+
+
+def _added(layer: LayerInterface, growth: Growth, size: int) -> int:
     """Weights a layer gains; one that both writes and reads the channels grows in both directions."""
-    width = interface.writers[0].weight_shape[0]
-    ends = sum(
-        any(other.path == layer.path for other in group)
-        for group in (interface.writers, interface.followers, interface.readers)
-    )
-    weights = math.prod(layer.weight_shape)
-    grown: int = weights * (width + size) ** ends // width**ends
-    return grown - weights
+    rows = layer.weight_shape[0] + growth.outputs * size
+    if not growth.inputs:
+        return growth.outputs * size * math.prod(layer.weight_shape[1:])
+    columns = layer.weight_shape[1] + growth.inputs * size
+    return rows * columns * math.prod(layer.weight_shape[2:]) - math.prod(layer.weight_shape)
 
 
-def _bias_grows(layer: LayerInterface, writers: set[str]) -> bool:
-    if layer.operation in NORMALIZATIONS:
-        return True
-    return layer.bias and (layer.path in writers or layer.operation is Operation.DEPTHWISE_CONV2D)
+def _bias_grows(layer: LayerInterface) -> bool:
+    return layer.operation in NORMALIZATIONS or layer.bias
 
 
 FAMILY: Final = Widen()

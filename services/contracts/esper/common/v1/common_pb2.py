@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65sper/common/v1/common.proto\x12\x0f\x65sper.common.v1\"L\n\x06\x44igest\x12\x33\n\talgorithm\x18\x01 \x01(\x0e\x32 .esper.common.v1.DigestAlgorithm\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x91\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x36\n\x08metadata\x18\x03 \x03(\x0b\x32$.esper.common.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x08Interval\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12\x18\n\x10\x63onfidence_ratio\x18\x04 \x01(\x01\x12\x0f\n\x07samples\x18\x05 \x01(\x03\"\x86\x02\n\tInterface\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.esper.common.v1.SlotKind\x12\x13\n\x0binput_shape\x18\x02 \x03(\x03\x12\x14\n\x0coutput_shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x30\n\x07writers\x18\x05 \x03(\x0b\x32\x1f.esper.common.v1.LayerInterface\x12\x30\n\x07readers\x18\x06 \x03(\x0b\x32\x1f.esper.common.v1.LayerInterface\x12\x32\n\tfollowers\x18\x07 \x03(\x0b\x32\x1f.esper.common.v1.LayerInterface\"k\n\x0eLayerInterface\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x14\n\x0cweight_shape\x18\x03 \x03(\x03\x12\x14\n\x0coutput_shape\x18\x04 \x03(\x03\x12\x0c\n\x04\x62ias\x18\x05 \x01(\x08*P\n\x0f\x44igestAlgorithm\x12 \n\x1c\x44IGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IGEST_ALGORITHM_SHA256\x10\x01*\xa7\x01\n\nChangeType\x12\x1b\n\x17\x43HANGE_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HANGE_TYPE_SNAPSHOT\x10\x01\x12\x18\n\x14\x43HANGE_TYPE_BOOKMARK\x10\x02\x12\x15\n\x11\x43HANGE_TYPE_ADDED\x10\x03\x12\x18\n\x14\x43HANGE_TYPE_MODIFIED\x10\x04\x12\x17\n\x13\x43HANGE_TYPE_DELETED\x10\x05*N\n\x08SlotKind\x12\x19\n\x15SLOT_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fSLOT_KIND_WIDTH\x10\x01\x12\x12\n\x0eSLOT_KIND_SPAN\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65sper/common/v1/common.proto\x12\x0f\x65sper.common.v1\"L\n\x06\x44igest\x12\x33\n\talgorithm\x18\x01 \x01(\x0e\x32 .esper.common.v1.DigestAlgorithm\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x91\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x36\n\x08metadata\x18\x03 \x03(\x0b\x32$.esper.common.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x08Interval\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12\x18\n\x10\x63onfidence_ratio\x18\x04 \x01(\x01\x12\x0f\n\x07samples\x18\x05 \x01(\x03\"\x86\x02\n\tInterface\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.esper.common.v1.SlotKind\x12\x13\n\x0binput_shape\x18\x02 \x03(\x03\x12\x14\n\x0coutput_shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x30\n\x07writers\x18\x05 \x03(\x0b\x32\x1f.esper.common.v1.LayerInterface\x12\x30\n\x07readers\x18\x06 \x03(\x0b\x32\x1f.esper.common.v1.LayerInterface\x12\x32\n\tfollowers\x18\x07 \x03(\x0b\x32\x1f.esper.common.v1.LayerInterface\"y\n\x0eLayerInterface\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x14\n\x0cweight_shape\x18\x03 \x03(\x03\x12\x14\n\x0coutput_shape\x18\x04 \x03(\x03\x12\x0c\n\x04\x62ias\x18\x05 \x01(\x08\x12\x0c\n\x04unit\x18\x06 \x01(\x03*P\n\x0f\x44igestAlgorithm\x12 \n\x1c\x44IGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IGEST_ALGORITHM_SHA256\x10\x01*\xa7\x01\n\nChangeType\x12\x1b\n\x17\x43HANGE_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HANGE_TYPE_SNAPSHOT\x10\x01\x12\x18\n\x14\x43HANGE_TYPE_BOOKMARK\x10\x02\x12\x15\n\x11\x43HANGE_TYPE_ADDED\x10\x03\x12\x18\n\x14\x43HANGE_TYPE_MODIFIED\x10\x04\x12\x17\n\x13\x43HANGE_TYPE_DELETED\x10\x05*N\n\x08SlotKind\x12\x19\n\x15SLOT_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fSLOT_KIND_WIDTH\x10\x01\x12\x12\n\x0eSLOT_KIND_SPAN\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERROR_METADATAENTRY']._loaded_options = None
   _globals['_ERROR_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_DIGESTALGORITHM']._serialized_start=746
-  _globals['_DIGESTALGORITHM']._serialized_end=826
-  _globals['_CHANGETYPE']._serialized_start=829
-  _globals['_CHANGETYPE']._serialized_end=996
-  _globals['_SLOTKIND']._serialized_start=998
-  _globals['_SLOTKIND']._serialized_end=1076
+  _globals['_DIGESTALGORITHM']._serialized_start=760
+  _globals['_DIGESTALGORITHM']._serialized_end=840
+  _globals['_CHANGETYPE']._serialized_start=843
+  _globals['_CHANGETYPE']._serialized_end=1010
+  _globals['_SLOTKIND']._serialized_start=1012
+  _globals['_SLOTKIND']._serialized_end=1090
   _globals['_DIGEST']._serialized_start=49
   _globals['_DIGEST']._serialized_end=125
   _globals['_ERROR']._serialized_start=128
@@ -50,5 +50,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTERFACE']._serialized_start=373
   _globals['_INTERFACE']._serialized_end=635
   _globals['_LAYERINTERFACE']._serialized_start=637
-  _globals['_LAYERINTERFACE']._serialized_end=744
+  _globals['_LAYERINTERFACE']._serialized_end=758
 # @@protoc_insertion_point(module_scope)

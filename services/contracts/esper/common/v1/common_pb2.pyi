@@ -286,12 +286,17 @@ class LayerInterface(_message.Message):
     WEIGHT_SHAPE_FIELD_NUMBER: _builtins.int
     OUTPUT_SHAPE_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Module path inside the network, e.g. "features.0.conv1"."""
     operation: _builtins.str
-    """Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", ..."""
+    """Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", "parameter", ..."""
     bias: _builtins.bool
     """Whether it has a bias vector; normalizations always do."""
+    unit: _builtins.int
+    """Entries per channel of the slot: of the weight's first dimension for writers and followers (heads of an attention,
+    groups of a normalization), of its second for readers (behind a concatenation). 0: what the shape says by itself.
+    """
     @_builtins.property
     def weight_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of its weight as of now."""
@@ -308,10 +313,11 @@ class LayerInterface(_message.Message):
         weight_shape: _abc.Iterable[_builtins.int] | None = ...,
         output_shape: _abc.Iterable[_builtins.int] | None = ...,
         bias: _builtins.bool = ...,
+        unit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "operation", b"operation", "output_shape", b"output_shape", "path", b"path", "weight_shape", b"weight_shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "operation", b"operation", "output_shape", b"output_shape", "path", b"path", "unit", b"unit", "weight_shape", b"weight_shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -498,14 +498,17 @@ type LayerInterface struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Module path inside the network, e.g. "features.0.conv1".
 	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
-	// Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", ...
+	// Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", "parameter", ...
 	Operation string `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
 	// Shape of its weight as of now.
 	WeightShape []int64 `protobuf:"varint,3,rep,packed,name=weight_shape,json=weightShape,proto3" json:"weight_shape,omitempty"`
 	// Shape of one sample of its output without the batch dimension; empty where unknown.
 	OutputShape []int64 `protobuf:"varint,4,rep,packed,name=output_shape,json=outputShape,proto3" json:"output_shape,omitempty"`
 	// Whether it has a bias vector; normalizations always do.
-	Bias          bool `protobuf:"varint,5,opt,name=bias,proto3" json:"bias,omitempty"`
+	Bias bool `protobuf:"varint,5,opt,name=bias,proto3" json:"bias,omitempty"`
+	// Entries per channel of the slot: of the weight's first dimension for writers and followers (heads of an attention,
+	// groups of a normalization), of its second for readers (behind a concatenation). 0: what the shape says by itself.
+	Unit          int64 `protobuf:"varint,6,opt,name=unit,proto3" json:"unit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -575,6 +578,13 @@ func (x *LayerInterface) GetBias() bool {
 	return false
 }
 
+func (x *LayerInterface) GetUnit() int64 {
+	if x != nil {
+		return x.Unit
+	}
+	return 0
+}
+
 var File_esper_common_v1_common_proto protoreflect.FileDescriptor
 
 const file_esper_common_v1_common_proto_rawDesc = "" +
@@ -604,13 +614,14 @@ const file_esper_common_v1_common_proto_rawDesc = "" +
 	"\x05dtype\x18\x04 \x01(\tR\x05dtype\x129\n" +
 	"\awriters\x18\x05 \x03(\v2\x1f.esper.common.v1.LayerInterfaceR\awriters\x129\n" +
 	"\areaders\x18\x06 \x03(\v2\x1f.esper.common.v1.LayerInterfaceR\areaders\x12=\n" +
-	"\tfollowers\x18\a \x03(\v2\x1f.esper.common.v1.LayerInterfaceR\tfollowers\"\x9c\x01\n" +
+	"\tfollowers\x18\a \x03(\v2\x1f.esper.common.v1.LayerInterfaceR\tfollowers\"\xb0\x01\n" +
 	"\x0eLayerInterface\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1c\n" +
 	"\toperation\x18\x02 \x01(\tR\toperation\x12!\n" +
 	"\fweight_shape\x18\x03 \x03(\x03R\vweightShape\x12!\n" +
 	"\foutput_shape\x18\x04 \x03(\x03R\voutputShape\x12\x12\n" +
-	"\x04bias\x18\x05 \x01(\bR\x04bias*P\n" +
+	"\x04bias\x18\x05 \x01(\bR\x04bias\x12\x12\n" +
+	"\x04unit\x18\x06 \x01(\x03R\x04unit*P\n" +
 	"\x0fDigestAlgorithm\x12 \n" +
 	"\x1cDIGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17DIGEST_ALGORITHM_SHA256\x10\x01*\xa7\x01\n" +

@@ -284,7 +284,7 @@ class LayerInterface(betterproto2.Message):
 
     operation: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", ...
+    Operation from the closed vocabulary: "conv2d", "linear", "batch_norm2d", "layer_norm", "parameter", ...
     """
 
     weight_shape: "list[int]" = betterproto2.field(3, betterproto2.TYPE_INT64, repeated=True)
@@ -300,6 +300,12 @@ class LayerInterface(betterproto2.Message):
     bias: "bool" = betterproto2.field(5, betterproto2.TYPE_BOOL)
     """
     Whether it has a bias vector; normalizations always do.
+    """
+
+    unit: "int" = betterproto2.field(6, betterproto2.TYPE_INT64)
+    """
+    Entries per channel of the slot: of the weight's first dimension for writers and followers (heads of an attention,
+    groups of a normalization), of its second for readers (behind a concatenation). 0: what the shape says by itself.
     """
 
 
