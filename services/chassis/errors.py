@@ -250,6 +250,12 @@ class Reason(enum.StrEnum):
         "training became unstable and did not recover",
         "lower the learning rate",
     )
+    EXPORT_FAILED = (
+        "EXPORT_FAILED",
+        _Code.FAILED_PRECONDITION,
+        "the grown network could not be exported; the run itself is complete",
+        "see the message",
+    )
     RUN_LOCKED = ("RUN_LOCKED", _Code.FAILED_PRECONDITION, "another train.py holds the run folder", "end it first")
     RUN_FOLDER_INVALID = (
         "RUN_FOLDER_INVALID",

@@ -76,6 +76,6 @@ class TestSetTouchedError(TolariaError):
 
 
 class ExportError(TolariaError):
-    """The grown network cannot be exported or rebuilt."""
+    """The grown network cannot be exported or rebuilt; never the end of a run."""
 
-    REASON = Reason.STORAGE_FAILED
+    REASON = Reason.EXPORT_FAILED

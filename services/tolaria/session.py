@@ -28,8 +28,8 @@ from services.kasmina.model import SeedRecord
 from services.tolaria import controls, device, models, task
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
-from services.tolaria.errors import ExportError
-from services.tolaria.export import changes, export
+from services.tolaria.export import changes
+from services.tolaria.exporting import Exports
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Journal
 from services.tolaria.kernel_shelf import KernelShelf
@@ -75,6 +75,14 @@ class Session:
             KernelCache(config.growth.kernel_cache_bytes),
             load_public_key((config.run.state_dir or run_dir / "state") / "keys"),
         )
+        self._exports = Exports(
+            config,
+            run_dir,
+            self._data,
+            lambda seed: models.build_host(config.model, self._data, seed),
+            progress=progress,
+            interrupt=interrupt,
+        )
         self._done: dict[str, Any] = self._read_arms() if resume else {}
 
     def run(self) -> dict[str, Any]:
@@ -102,6 +110,7 @@ class Session:
         try:
             if GROWN not in self._done:
                 self._train_grown(trainer)
+            self._export_others()
             for name in self._config.compare:
                 if name not in self._done:
                     self._train_control(name, trainer, mesh)
@@ -124,12 +133,15 @@ class Session:
         self._done[GROWN] = asdict(result)
         self._done["changes"] = changes(trainer.engine)
         self._done["growth"] = _growth_summary(trainer)
-        try:
-            folder = export(trainer.engine, self._run_dir / "export", self._config.model, self._data)
-            self._done["export"] = str(folder)
-        except ExportError as error:
-            self._progress.write(StatusProgress(state="finishing", message=str(error)))
+        self._done["export"] = self._exports.network(trainer.engine)
         self._write_arms()
+
+    def _export_others(self) -> None:
+        """Formats that are made of the network's export, which is on disk: also of a run that was cut off here."""
+        made = self._done.get("export")
+        if made is not None and (now := self._exports.others(made)) != made:
+            self._done["export"] = now
+            self._write_arms()
 
     def _train_control(self, name: controls.ControlName, run: TolariaTrainer, mesh: Mesh) -> None:
         self._progress.write(StatusProgress(state="comparing", message=f"training the control {name}"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -803,51 +801,6 @@ def test_controls_train_on_the_same_batches(tmp_path: Path) -> None:
         shapes[name] = {key: tuple(tensor.shape) for key, tensor in weights(control).items()}
     assert shapes["bigger"] == {key: tuple(tensor.shape) for key, tensor in weights(grown).items()}
     assert shapes["host"] == {key: tuple(tensor.shape) for key, tensor in harness.build_host().state_dict().items()}
-
-
-@pytest.mark.parametrize(
-    ("model", "widths", "policy"),
-    [
-        ("cnn", [2, 3], ONCE),
-        ("cnn", [3, 3, 3], grow_once(("groups.1.conv2", WIDEN, 2), ("span:groups.2", BRANCH, 2))),
-        ("mlp", [6, 6], grow_once(("hidden.0", WIDEN, 3), ("hidden.2", WIDEN, 1))),
-    ],
-)
-def test_the_export_rebuilds_without_esper(tmp_path: Path, model: str, widths: list[int], policy: Policy) -> None:
-    stages = {"isolation_steps": 3, "blend_steps": 3, "stabilization_steps": 1, "fine_tuning_steps": 1}
-    config = config_of(model={"name": model, "widths": widths}, growth={"evaluation": KEEP, **stages})
-    harness = Harness(tmp_path, config, policy)
-    trainer = harness.trainer()
-    trainer.train()
-    assert [record.state for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED] * 2
-    folder = export(trainer.engine, tmp_path / "export", config.model, harness.data)
-    images = harness.data.normalization(harness.data.validation.images)
-    trainer.model.eval()
-    with torch.no_grad():
-        expected = trainer.model(images)
-    torch.save({"images": images, "expected": expected}, tmp_path / "check.pt")
-    script = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch, model, rebuild
-host = json.load(open(sys.argv[1] + "/growth.json"))["host"]
-network = model.build(host["name"], host["input_shape"], host["classes"], host["widths"])
-rebuild.load(network, sys.argv[1])
-check = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    assert torch.allclose(network(check["images"]), check["expected"], atol=1e-5), "the outputs differ"
-assert not any(name.split(".")[0] in ("services", "esper", "safetensors") for name in sys.modules)
-print("equal")
-"""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(folder), str(tmp_path / "check.pt")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd="/",
-    )
-    assert done.stdout == "equal\n", done.stderr
 
 
 def test_decision_epochs_are_spread_over_the_window() -> None:

@@ -26,7 +26,6 @@ from services.chassis.errors import EsperError
 from services.chassis.process import PROGRESS_FD
 from services.tolaria import training_process
 from services.tolaria.device import choose
-from services.tolaria.errors import ExportError
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.progress import StatusProgress, SummaryProgress, decode
 from services.tolaria.training_process import main, wait_for_services
@@ -97,7 +96,13 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tup
 
 
 def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run_folder(services, tmp_path, compare=["host", "bigger", "uniform"], compare_at="flops")
+    folder = run_folder(
+        services,
+        tmp_path,
+        compare=["host", "bigger", "uniform"],
+        compare_at="flops",
+        export={"formats": ["safetensors", "torch_export"]},
+    )
     code, told = train(folder, monkeypatch)
     assert code == 0
     summary = told[-1].summary
@@ -129,9 +134,14 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert summary["events"]["published"] > 0
     assert summary["events"]["dropped"] == 0
     assert {seed["state"] for seed in summary["seeds"]} == {"FOSSILIZED"}
-    assert (Path(summary["export"]) / "weights.safetensors").exists()
+    assert summary["export"]["folder"] == str(folder / "export")
+    assert {name: made["problem"] for name, made in summary["export"]["formats"].items()} == {
+        "safetensors": None,
+        "torch_export": None,
+    }
+    assert {"weights.safetensors", "model.pt2"} <= {path.name for path in (folder / "export").iterdir()}
     states = [message.state for message in told if isinstance(message, StatusProgress)]
-    assert states == ["starting", "ready", "training", "comparing", "comparing", "comparing"]
+    assert states == ["starting", "ready", "training", "finishing", "finishing", "comparing", "comparing", "comparing"]
     assert {"config.yaml", "journal.jsonl", "metrics.jsonl", "decisions.jsonl", "lineage.json"} <= {
         entry.name for entry in folder.iterdir()
     }
@@ -143,6 +153,7 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     code, again = train(folder, monkeypatch, "--resume")
     assert code == 0
     assert again[-1].summary["accuracy"] == summary["accuracy"]
+    assert again[-1].summary["export"] == summary["export"]
     assert again[-1].summary["seeds"] == summary["seeds"]
     assert {message.arm for message in again if message.kind == "epoch"} == {"bigger"}
 
@@ -258,14 +269,21 @@ def test_a_bug_in_a_users_network_is_told_in_one_line(
 def test_an_export_that_cannot_be_written_costs_the_export_only(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run_folder(services, tmp_path, growth={"enabled": False})
+    formats = ["safetensors", "torch_export"]
+    folder = run_folder(services, tmp_path, growth={"enabled": False}, export={"formats": formats})
     (folder / "export").write_text("in the way")
     code, told = train(folder, monkeypatch)
     assert code == 0
-    assert told[-1].summary["export"] is None
+    problems = {name: made["problem"] for name, made in told[-1].summary["export"]["formats"].items()}
+    assert problems == {
+        "safetensors": f"the export to {folder / 'export'} was not written: File exists",
+        "torch_export": "torch_export is made of the safetensors export, which there is not",
+    }
     assert told[-1].summary["adaptations"] == {"started": 0, "fossilized": 0, "culled": 0}
-    assert any(isinstance(message, StatusProgress) and "export" in message.message for message in told)
-    assert ExportError.REASON == "STORAGE_FAILED"
+    lines = [message.message for message in told if isinstance(message, StatusProgress)]
+    assert [line for line in lines if "export" in line] == [
+        f"no export as {name}: {problems[name]}" for name in formats
+    ]
 
 
 def test_services_that_never_come_are_not_waited_for(tmp_path: Path) -> None:

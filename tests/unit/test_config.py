@@ -147,6 +147,14 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_the_key_that_was_mean
             "model.widths[1]: 0: input should be greater than or equal to 1 (Channels",
         ),
         ("compare: [host, host]", "compare: [host, host]: a control is named twice"),
+        (
+            "export:\n  formats: [onnx]",
+            "export.formats: [onnx]: the other formats are made of the safetensors export: name safetensors, too",
+        ),
+        (
+            "export:\n  formats: [safetensors, onnx, onnx]",
+            "export.formats: [safetensors, onnx, onnx]: a format is named twice",
+        ),
         ("optimizer: {name: sgd}", "optimizer: there is no such key (did you mean training.optimizer?)"),
         ("data: {Batch-Size: 3}", "data.Batch-Size: there is no such key (did you mean data.batch_size?)"),
         ("nowhere: {to: {go: 1}}", "nowhere: there is no such key (known keys: run, data"),

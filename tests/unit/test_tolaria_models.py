@@ -301,5 +301,6 @@ def test_an_export_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="was not written: Not a directory"):
         export(engine, tmp_path / "file" / "export", ModelConfig(widths=[2]), data)
-    own = export(engine, tmp_path / "own", ModelConfig(name="factory", factory="my:own"), data)
-    assert sorted(path.name for path in own.iterdir()) == ["growth.json", "rebuild.py", "weights.safetensors"]
+    files = export(engine, tmp_path / "own", ModelConfig(name="factory", factory="my:own"), data)
+    assert [file.name for file in files] == ["weights.safetensors", "rebuild.py"]
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["growth.json", "rebuild.py", files[0].name]

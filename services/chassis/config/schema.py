@@ -23,6 +23,7 @@ Address = Annotated[str, Field(pattern=r"^\S+:\d+$")]
 Width = Annotated[int, Field(ge=1)]
 # A folder's name and a segment of resource names; `latest` is the link to the newest run.
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+ExportFormat = Literal["safetensors", "torch_export", "onnx"]
 FactoryPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
@@ -256,6 +257,28 @@ class GrowthConfig(Section):
         return self
 
 
+class ExportConfig(Section):
+    """What a run leaves of its grown network, in export/ of the run folder."""
+
+    formats: list[ExportFormat] = Field(
+        default=["safetensors"],
+        description="safetensors: weights, the table of growth and the file that rebuilds the network; torch_export: "
+        "model.pt2 besides; onnx: model.onnx besides, which needs the packages onnx, onnxscript and onnxruntime.",
+    )
+    timeout_seconds: PositiveSeconds = Field(
+        default=300.0, description="torch_export and onnx are given up when both together take longer."
+    )
+
+    @field_validator("formats")
+    @classmethod
+    def _made_of_the_first(cls, formats: list[ExportFormat]) -> list[ExportFormat]:
+        if len(set(formats)) < len(formats):
+            raise ValueError("a format is named twice")
+        if formats and "safetensors" not in formats:
+            raise ValueError("the other formats are made of the safetensors export: name safetensors, too")
+        return formats
+
+
 class GovernorConfig(Section):
     """What counts as unstable, and what is done about it."""
 
@@ -467,6 +490,7 @@ class EsperConfig(Section):
     training: TrainingConfig = TrainingConfig()
     growth: GrowthConfig = GrowthConfig()
     governor: GovernorConfig = GovernorConfig()
+    export: ExportConfig = ExportConfig()
     compare: list[Literal["host", "bigger", "uniform"]] = Field(
         default_factory=list,
         description="Controls trained after the run: host (without growth; with model.weights: trained on), bigger "
