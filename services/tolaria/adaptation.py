@@ -103,6 +103,8 @@ class _Story:
     traces: dict[str, str] = field(default_factory=dict)
     #: Seeds whose end was told, and why they ended: a free slot makes the engine forget that.
     ended: dict[str, str] = field(default_factory=dict)
+    #: Optimizer steps that seeds which are gone took part in.
+    steps: dict[str, int] = field(default_factory=dict)
 
 
 class AdaptationCoordinator:
@@ -386,12 +388,22 @@ class AdaptationCoordinator:
                 self._witness.transitioned(story, self.engine, epoch)
                 if records[seed].outcome is not None and seed not in self._story.ended:
                     self._story.ended[seed] = records[seed].reason
+                    born = records[seed].birth_step
+                    self._story.steps[seed] = story[-1].step - born if born is not None else 0
                     self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
         return True
 
     def reason(self, record: SeedRecord) -> str:
         """Why a seed is what it is, or how it ended."""
         return self._story.ended.get(record.seed, record.reason)
+
+    def decision(self, record: SeedRecord) -> str | None:
+        """Id of Tamiyo's decision that a seed came from; None for one that a caller asked for."""
+        return self._story.decisions.get(record.seed)
+
+    def trial_steps(self, record: SeedRecord) -> int:
+        """Optimizer steps that a culled seed took part in; 0 for every other."""
+        return self._story.steps.get(record.seed, 0) if record.outcome is SeedState.CULLED else 0
 
     def alive(self) -> list[SeedRecord]:
         """Seeds under way: neither fossilized nor gone."""

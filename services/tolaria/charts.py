@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 560, 240
+#: As many as the page has styles s0, s1...
+_COLORS = 4
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 14, 34
 
 
@@ -31,6 +33,41 @@ class Bar:
     style: str
 
 
+@dataclass(frozen=True)
+class Range:
+    """A value with its interval, in data units."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def ranges(rows: Sequence[Range], *, x_label: str) -> str:
+    """Values with their intervals, one below the other, over a common axis. ``rows`` is not empty."""
+    left, height = 90, 24
+    total = _TOP + height * len(rows) + _BOTTOM
+    axis = _Axis(min(row.low for row in rows), max(row.high for row in rows), left, _WIDTH - _RIGHT - 8)
+    base = total - _BOTTOM
+    parts = []
+    for tick in axis.ticks:
+        x = axis.at(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{base}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="middle">{tick:g}</text>')
+    for index, row in enumerate(rows):
+        y, style = _TOP + index * height + height // 2, f"s{index % _COLORS}"
+        low, value, high = axis.at(row.low), axis.at(row.value), axis.at(row.high)
+        label = f"{row.name}: {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>')
+        parts.append(f'<line class="line {style}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<circle class="dot {style}" cx="{value:.1f}" cy="{y}" r="4.5"><title>{escape(label)}</title></circle>'
+        )
+    middle = (left + _WIDTH) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{total - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    return f'<svg class="ranges" viewBox="0 0 {_WIDTH} {total}" role="img">{"".join(parts)}</svg>'
+
+
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, marks: Sequence[float] = ()) -> str:
     """Lines over a common pair of axes; ``marks`` are vertical lines. Empty series are left out."""
     drawn = [one for one in series if one.points]
@@ -47,9 +84,11 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, marks: S
         points = _stairs(one.points) if one.step else one.points
         path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
         parts.append(
-            f'<polyline class="line s{index % 3}" points="{path}"><title>{escape(one.name)}</title></polyline>'
+            f'<polyline class="line s{index % _COLORS}" points="{path}"><title>{escape(one.name)}</title></polyline>'
         )
-    legend = "".join(f'<span class="key s{index % 3}">{escape(one.name)}</span>' for index, one in enumerate(drawn))
+    legend = "".join(
+        f'<span class="key s{index % _COLORS}">{escape(one.name)}</span>' for index, one in enumerate(drawn)
+    )
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg><p class="legend">{legend}</p>'
 
 

@@ -27,9 +27,11 @@ from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
 from services.chassis.files import storage_error, write_atomically
 from services.chassis.supervisor import NEEDS, Event, Job, State, Supervisor
+from services.tolaria.accounting import FLOPS
 from services.tolaria.progress import EpochProgress, Progress, StatusProgress, StepProgress, SummaryProgress, decode
-from services.tolaria.report import verdict, write_report
+from services.tolaria.report import write_report
 from services.tolaria.run_folder import RunFolder
+from services.tolaria.verdict import CONFIDENCE, Difference, judge, shape, spent
 from services.tolaria.view import LiveView, PlainView, QuietView, View
 
 EXIT_DONE: Final = 0
@@ -259,11 +261,13 @@ class Launcher:
             "adaptations": {"started": None, "fossilized": None, "culled": None},
             "seeds": [],
             "parameters": {"host": None, "final": None},
-            "flops": {"training": None, "growth": None},
+            "flops": dict.fromkeys(FLOPS),
+            "comparisons": {},
+            "changes": [],
             "accuracy": {"grown": None, "host": None, "bigger": None, "uniform": None},
             "events": {"published": None, "dropped": None},
         }
-        return {
+        known = {
             **unknown,
             **(self._story.summary or {}),
             "run_id": self._folder.run_id,
@@ -274,6 +278,7 @@ class Launcher:
             "training_restarts": self._supervisor.job_restarts,
             "report": str(self._folder.path / "report.html"),
         }
+        return {**known, "verdict": dataclasses.asdict(judge(known))}
 
 
 def _print_json(content: Mapping[str, Any]) -> None:
@@ -282,17 +287,18 @@ def _print_json(content: Mapping[str, Any]) -> None:
 
 
 def result_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The result as people read it: the comparison, what growth cost, and whether there was a gain at all."""
+    """The result as people read it: the verdict, its reasons, the arms, what growth cost."""
     lines: list[str] = []
     arms: Mapping[str, Mapping[str, Any]] = summary.get("arms") or {}
     if arms:
-        head = f"{'':<8}{'test %':>8}{'parameters':>12}{'FLOPs/image':>13}{'training FLOPs':>16}{'seconds':>9}  growth"
-        lines += ["", head, *(_arm_line(name, figures) for name, figures in arms.items()), ""]
-    if (found := verdict(summary)) is not None:
-        lines += [f"{found.words}.", found.caution]
-    seconds = summary.get("growth_seconds")
-    if seconds is not None:
-        lines.append(f"growth took {seconds:.1f} s of the grown network's time: scoring, counterfactuals, surgery")
+        found = judge(summary)
+        lines += ["", f"{found.title}.", *(f"  {reason}" for reason in found.reasons)]
+        if shape_words := shape(summary):
+            lines.append(f"  The shape: {', '.join(shape_words)}.")
+        lines += ["", *_arm_table(arms, summary.get("comparisons") or {}), "", *found.notes]
+    if (start := summary.get("start_accuracy")) is not None:
+        lines.append(f"before the first step the trained host stood at {start:.2f} % on the validation split")
+    lines += _cost_lines(summary)
     adaptations = summary["adaptations"]
     if adaptations["started"] is not None:
         lines.append("seeds: {started} started, {fossilized} fossilized, {culled} culled".format_map(adaptations))
@@ -301,15 +307,55 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _arm_line(name: str, figures: Mapping[str, Any]) -> str:
-    def show(key: str, form: str) -> str:
-        value = figures.get(key)
-        return "-" if value is None else format(value, form)
-
-    return (
-        f"{name:<8}{show('test_accuracy', '.2f'):>8}{show('parameters', ',d'):>12}{show('flops', ',d'):>13}"
-        f"{show('training_flops', '.3g'):>16}{show('seconds', '.1f'):>9}{show('growth_seconds', '.1f'):>8}"
+def _arm_table(arms: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]) -> list[str]:
+    head = (
+        "arm",
+        f"test % [{CONFIDENCE:.0%}]",
+        "grown is better by",
+        "parameters",
+        "FLOPs/image",
+        "FLOPs spent",
+        "seconds",
+        "growth",
     )
+    rows = [head, *(_arm_row(name, arm, comparisons.get(name)) for name, arm in arms.items())]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(line)
+        ).rstrip()
+        for line in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+
+
+def _arm_row(name: str, arm: Mapping[str, Any], difference: Mapping[str, Any] | None) -> tuple[str, ...]:
+    low, high = arm["test_interval"]
+    return (
+        name,
+        f"{arm['test_accuracy']:.2f} [{low:.1f}, {high:.1f}]",
+        str(Difference(**difference)) if difference is not None else "-",
+        f"{arm['parameters']:,d}",
+        f"{arm['flops']:,d}",
+        f"{spent(arm):.3g}",
+        f"{arm['seconds']:.1f}",
+        f"{arm['growth_seconds']:.1f}",
+    )
+
+
+def _cost_lines(summary: Mapping[str, Any]) -> list[str]:
+    flops, seconds = summary.get("flops") or {}, summary.get("growth_seconds")
+    if not flops.get("total") or seconds is None:
+        return []
+
+    def share(name: str) -> str:
+        return f"{flops[name] / flops['total']:.1%}"
+
+    culled, taken_back, measuring, judging = map(share, ("culled_seeds", "discarded", "health", "counterfactuals"))
+    told = f"training {share('training')} (culled seeds {culled}, steps taken back {taken_back}), measuring {measuring}"
+    return [
+        f"{flops['total']:.3g} FLOPs: {told}, counterfactuals {judging}, validation {share('validation')}",
+        f"growth took {seconds:.1f} s of the grown network's time: measuring, counterfactuals, surgery",
+    ]
 
 
 def _make_keys(config: EsperConfig, run_dir: Path) -> None:

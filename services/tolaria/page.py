@@ -8,9 +8,9 @@ from typing import Any, Final
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --fg: #1c2330; --dim: #667085; --bg: #fbfbfa; --card: #ffffff; --rule: #e4e4e0;
-  --c0: #0b7285; --c1: #c2410c; --c2: #6d28d9; --good: #15803d; --bad: #b91c1c; }
+  --c0: #0b7285; --c1: #c2410c; --c2: #6d28d9; --c3: #4d7c0f; --good: #15803d; --bad: #b91c1c; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e6e8ec; --dim: #98a2b3; --bg: #14171c; --card: #1b2027;
-  --rule: #2d333d; --c0: #3bc9db; --c1: #fb923c; --c2: #a78bfa; --good: #4ade80; --bad: #f87171; } }
+  --rule: #2d333d; --c0: #3bc9db; --c1: #fb923c; --c2: #a78bfa; --c3: #a3e635; --good: #4ade80; --bad: #f87171; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1220px; padding: 28px; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -25,11 +25,14 @@ th { text-align: left; color: var(--dim); font-weight: 500; } th, td { padding: 
   border-bottom: 1px solid var(--rule); } .n { text-align: right; }
 svg { width: 100%; height: auto; } .line { fill: none; stroke-width: 2; } .grid { stroke: var(--rule); }
 .mark { stroke: var(--dim); stroke-dasharray: 3 4; } .tick, .label { fill: var(--dim); font-size: 11px; }
-.s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); }
+.s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
+.dot { fill: var(--card); stroke-width: 2.5; } svg.ranges { max-width: 620px; display: block; }
+.note { color: var(--dim); margin: 6px 0 0; font-size: 13.5px; } small { color: var(--dim); }
 .legend { margin: 4px 0 0; } .key { margin-right: 14px; font-size: 13px; color: var(--dim); }
 .key::before { content: ""; display: inline-block; width: 12px; height: 3px; margin: 0 6px 3px 0;
   background: var(--c0); }
 .key.s1::before { background: var(--c1); } .key.s2::before { background: var(--c2); }
+.key.s3::before { background: var(--c3); }
 .bar { fill: var(--dim); } .TRAINING { fill: #60a5fa; } .GRAFTING { fill: #f59e0b; } .STABILIZATION { fill: #a3a3a3; }
 .EVALUATING { fill: #c084fc; } .FINE_TUNING { fill: #2dd4bf; } .FOSSILIZED { fill: #22c55e; } .CULLED { fill: #ef4444; }
 .GERMINATED, .LOADING { fill: #cbd5e1; } .CANCELLED, .ROLLED_BACK { fill: #9f1239; }

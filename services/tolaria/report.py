@@ -5,40 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from services.chassis.files import write_atomically
-from services.tolaria.charts import Bar, Series, line_chart, timeline
+from services.tolaria.charts import Bar, Range, Series, line_chart, ranges, timeline
 from services.tolaria.page import Html, document, number, section, table
+from services.tolaria.verdict import CONFIDENCE, Difference, judge, shape, spent
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a comparison says: whether growth gained, in which words, and how far to trust them."""
-
-    gained: bool
-    words: str
-    caution: str
-
-
-def verdict(summary: Mapping[str, Any]) -> Verdict | None:
-    """The grown network against the controls, by test accuracy; None where the grown one or the host is missing."""
-    accuracy = summary.get("accuracy") or {}
-    grown, host, bigger = (accuracy.get(arm) for arm in ("grown", "host", "bigger"))
-    if grown is None or host is None:
-        return None
-    gain = grown - host
-    if gain > 0:
-        words = f"Growth gained {gain:+.2f} points over the same host"
-    else:
-        words = f"No gain from growth: {gain:+.2f} points against the same host"
-    if bigger is not None:
-        words += f", {grown - bigger:+.2f} against its own final shape trained from scratch"
-    caution = "One run of each: try other values of run.seed before you trust a small difference."
-    return Verdict(gain > 0, words, caution)
+GROWN: Final = "grown"
+_VERDICT_STYLES: Final = {"grow": "good", "static": "good", "not_compared": ""}
+_ARMS: Final = {
+    "grown": "this run",
+    "host": "without growth",
+    "bigger": "the final shape from scratch",
+    "uniform": "grown alike in all layers",
+}
+_LENGTHS: Final = {"epochs": "for as many epochs as the run", "flops": "to the FLOPs of the run, growth included"}
+_COSTS: Final = {
+    "training": "training",
+    "culled_seeds": "of it seeds that were not kept",
+    "discarded": "of it steps that were taken back",
+    "health": "measuring how layers use their width",
+    "counterfactuals": "counterfactuals: what seeds are worth",
+    "validation": "validation",
+    "total": "all",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -56,17 +49,23 @@ def render(folder: Path) -> str:
     """The report's HTML."""
     summary = _object(folder / "summary.json")
     mesh = _object(folder / "mesh.json")
-    metrics, decisions = _lines(folder / "metrics.jsonl"), _lines(folder / "decisions.jsonl")
-    events = _lines(folder / "events.jsonl")
+    metrics = _lines(folder / "metrics.jsonl")
+    # A control that grows has a story of its own, whose seeds have the same names.
+    decisions, events = (
+        [line for line in _lines(folder / name) if line.get("arm", GROWN) == GROWN]
+        for name in ("decisions.jsonl", "events.jsonl")
+    )
     title = f"Esper run {folder.name}"
     cards = [
-        section("Result", _result(summary), wide=True),
+        section("Verdict", _result(summary), wide=True),
         section("Validation accuracy", _curve(metrics, "validation_accuracy", "percent", events)),
         section("Training loss", _curve(metrics, "train_loss", "cross-entropy", events)),
         section("Parameters", _curve(metrics, "parameters", "parameters", events, step=True)),
         section("Seeds over time", _seed_timeline(events, metrics)),
+        section("Where the FLOPs went", _costs(summary)),
+        section("What became of the host", _shape(summary)),
         section("Seeds", _seeds(summary), wide=True),
-        section("Decisions", _decisions(decisions), wide=True),
+        section("Decisions", _decisions(decisions, summary), wide=True),
         section("Services", _services(mesh)),
         section("Start-up and events", _startup(summary, mesh)),
         section("Configuration", _config(folder / "config.yaml"), wide=True),
@@ -75,44 +74,89 @@ def render(folder: Path) -> str:
 
 
 def _result(summary: Mapping[str, Any]) -> str:
-    grown = (summary.get("accuracy") or {}).get("grown")
-    found = verdict(summary)
-    if grown is None:
-        reason = summary.get("reason") or "the run did not come to its end"
-        told = f'<p class="verdict bad">No result</p><p>{escape(str(reason))}</p>'
-    elif found is None:
-        told = (
-            f'<p class="verdict">{grown:.2f} % on the test set</p><p>Not compared: no host was trained beside it.</p>'
-        )
-    else:
-        style = "good" if found.gained else "bad"
-        told = f'<p class="verdict {style}">{escape(found.words)}</p><p>{escape(found.caution)}</p>'
+    """The verdict, its reasons and the arms."""
+    found = judge(summary)
+    style = _VERDICT_STYLES.get(found.choice, "bad")
+    parts = [f'<p class="verdict {style}">{escape(found.title)}</p>']
+    parts += [f"<p>{escape(reason)}</p>" for reason in found.reasons]
+    arms: Mapping[str, Mapping[str, Any]] = summary.get("arms") or {}
+    if not arms:
+        return "".join(parts)
+    points = [Range(name, arm["test_accuracy"], *arm["test_interval"]) for name, arm in arms.items()]
+    parts.append(ranges(points, x_label=f"test accuracy, percent, with its {CONFIDENCE:.0%} interval over the images"))
+    parts.append(_arms(arms, summary.get("comparisons") or {}))
+    parts += [f'<p class="note">{escape(note)}</p>' for note in (*found.notes, *_circumstances(summary))]
+    return "".join(parts)
+
+
+def _arms(arms: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]) -> str:
     rows = [
         [
-            name,
-            number(arm.get("test_accuracy"), ".2f"),
-            number(arm.get("validation_accuracy"), ".2f"),
-            number(arm.get("parameters"), ",d"),
-            number(arm.get("flops"), ",d"),
-            number(arm.get("training_flops"), ".3g"),
-            number(arm.get("growth_flops"), ".3g"),
-            number(arm.get("seconds"), ".1f"),
-            number(arm.get("growth_seconds"), ".1f"),
+            Html(f"{escape(name)}<br><small>{_ARMS.get(name, '')}</small>"),
+            f"{arm['test_accuracy']:.2f} [{arm['test_interval'][0]:.1f}, {arm['test_interval'][1]:.1f}]",
+            str(Difference(**comparisons[name])) if name in comparisons else "",
+            number(arm["validation_accuracy"], ".2f"),
+            number(arm["parameters"], ",d"),
+            number(arm["flops"], ",d"),
+            number(spent(arm), ".3g"),
+            number(arm["steps"], ",d"),
+            number(arm["seconds"], ".1f"),
+            number(arm["growth_seconds"], ".1f"),
         ]
-        for name, arm in (summary.get("arms") or {}).items()
+        for name, arm in arms.items()
     ]
     head = [
         "arm",
         "test %",
+        "grown is better by",
         "validation %",
         "parameters",
         "FLOPs per image",
-        "training FLOPs",
-        "growth FLOPs",
+        "FLOPs spent",
+        "steps",
         "wall clock, s",
         "of it growth, s",
     ]
-    return told + table(head, rows, numbers=range(1, len(head)))
+    return table(head, rows, numbers=range(1, len(head)))
+
+
+def _circumstances(summary: Mapping[str, Any]) -> list[str]:
+    told = []
+    if summary.get("comparisons"):
+        length = _LENGTHS.get(str(summary.get("compare_at")))
+        told += [f"Host and bigger were trained {length}."] if length else []
+    if (start := summary.get("start_accuracy")) is not None:
+        told.append(f"Before the first step the trained host stood at {start:.2f} % on the validation split.")
+    return told
+
+
+def _costs(summary: Mapping[str, Any]) -> str:
+    """Everything that the grown network cost, in FLOPs counted by formula."""
+    flops = summary.get("flops") or {}
+    total = flops.get("total")
+    if not total:
+        return '<p class="none">not measured</p>'
+    rows = [[words, f"{flops[name]:.4g}", f"{flops[name] / total:.2%}"] for name, words in _COSTS.items()]
+    return table(["of the grown network", "FLOPs", "share"], rows, numbers=[1, 2])
+
+
+def _shape(summary: Mapping[str, Any]) -> str:
+    """The final shape, layer by layer."""
+    rows = [
+        [
+            change["path"],
+            change["operation"],
+            _dimensions(change["before_shape"]) or "-",
+            _dimensions(change["after_shape"]),
+        ]
+        for change in summary.get("changes") or []
+    ]
+    short = ", ".join(shape(summary))
+    return (f"<p>{escape(short)}</p>" if short else "") + table(["layer", "operation", "before", "after"], rows)
+
+
+def _dimensions(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)
 
 
 def _curve(
@@ -153,24 +197,46 @@ def _seeds(summary: Mapping[str, Any]) -> str:
     rows = []
     for seed in summary.get("seeds") or []:
         worth = seed.get("contribution")
-        points = "not measured"
-        if worth is not None:
-            points = f"{worth['points']:+.2f} [{worth['low']:+.2f}, {worth['high']:+.2f}]"
         design = f"{seed.get('family', '')} +{seed.get('size', '')} ({str(seed['blueprint'])[:8]})"
         rows.append(
-            [seed.get("seed", ""), _slot(seed), design, Html(_chip(seed["state"])), points, seed.get("reason", "")]
+            [
+                seed.get("seed", ""),
+                _slot(seed),
+                design,
+                Html(_chip(seed["state"])),
+                _points(worth),
+                seed.get("reason", ""),
+            ]
         )
     head = ["seed", "slot", "blueprint", "state", "worth, points of validation accuracy [interval]", "why"]
     return table(head, rows)
 
 
-def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
+def _points(worth: Mapping[str, Any] | None) -> str:
+    if worth is None:
+        return "not measured"
+    return f"{worth['points']:+.2f} [{worth['low']:+.2f}, {worth['high']:+.2f}]"
+
+
+def _worth_of_plan(decision: object, summary: Mapping[str, Any]) -> str:
+    """What became of the seeds of one decision, and what they are worth together."""
+    seeds = [seed for seed in summary.get("seeds") or [] if decision and seed.get("decision") == decision]
+    if not seeds:
+        return ""
+    kept = sum(seed["state"] == "FOSSILIZED" for seed in seeds)
+    together = next((seed["plan_contribution"] for seed in seeds if seed.get("plan_contribution")), None)
+    worth = f"; all of them together are worth {_points(together)} points" if together else ""
+    return f"<p>{kept} of its {len(seeds)} seeds were kept{worth}.</p>"
+
+
+def _decisions(decisions: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
     parts = []
     for decision in decisions:
         parts.append(
             f"<p><b>After epoch {decision['epoch']}</b> (step {decision['step']}): "
             f"{escape(str(decision['explanation']))}</p>"
         )
+        parts.append(_worth_of_plan(decision.get("decision"), summary))
         rows = [
             [
                 _slot(item),

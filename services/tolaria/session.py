@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,8 @@ from services.kasmina.kernel_cache import KernelCache
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SeedRecord
 from services.tolaria import controls, device, models, task
+from services.tolaria.accounting import FLOPS, TRAINING_FACTOR, breakdown
+from services.tolaria.adaptation import AdaptationCoordinator
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
 from services.tolaria.export import changes
@@ -38,9 +41,11 @@ from services.tolaria.ports import AskingMesh, Mesh, OfflineMesh
 from services.tolaria.progress import ProgressWriter, StatusProgress, finite
 from services.tolaria.reporting import GROWN, RunReporter, contribution_json
 from services.tolaria.trainer import TolariaTrainer
+from services.tolaria.verdict import paired_difference
 
 ARMS_FILE: Final = "arms.json"
 _ARMS: Final = (GROWN, "host", "bigger", "uniform")
+_SHOWN_CHANGE: Final = ("path", "operation", "before_shape", "after_shape")
 
 
 class Session:
@@ -129,8 +134,7 @@ class Session:
             trainer.resume()
         began = f"training from step {trainer.step} of {trainer.total_steps}"
         self._progress.write(StatusProgress(state="training", message=began))
-        result = trainer.train()
-        self._done[GROWN] = asdict(result)
+        self._keep(GROWN, trainer)
         self._done["changes"] = changes(trainer.engine)
         self._done["growth"] = _growth_summary(trainer)
         self._done["export"] = self._exports.network(trainer.engine)
@@ -170,7 +174,7 @@ class Session:
             shelf=self._shelf if grows else None,
             total_steps=steps,
         )
-        self._done[name] = asdict(trainer.train())
+        self._keep(name, trainer)
         self._write_arms()
 
     def _check_task(self, model: torch.nn.Module) -> None:
@@ -224,6 +228,17 @@ class Session:
     def _write_arms(self) -> None:
         write_atomically(self._run_dir / ARMS_FILE, json.dumps(finite(self._done), indent=1) + "\n")
 
+    def _keep(self, name: str, trainer: TolariaTrainer) -> None:
+        """Train an arm to its end and keep its result, with its score on each image of the test set."""
+        self._done[name] = asdict(trainer.train())
+        assert trainer.test is not None, "an arm that was trained was tested"
+        self._done.setdefault("scores", {})[name] = _packed(trainer.test.scores)
+
+    def _comparisons(self, arms: Iterable[str]) -> dict[str, Any]:
+        """How much better the grown network is than each control, on the same test images."""
+        scores = {name: [float(score) for score in packed] for name, packed in self._done.get("scores", {}).items()}
+        return {name: asdict(paired_difference(scores[GROWN], scores[name])) for name in arms if name != GROWN}
+
     def _summary(self, trainer: TolariaTrainer, mesh: Mesh, status: str, reason: str) -> dict[str, Any]:
         """What scripts rely on; what was not measured is null."""
         arms = {name: self._done[name] for name in _ARMS if name in self._done}
@@ -239,21 +254,31 @@ class Session:
             "adaptations": growth["adaptations"],
             "seeds": growth["seeds"],
             "parameters": {"host": trainer.host_parameters, "final": growth["parameters"]},
-            "flops": {"training": grown.get("training_flops"), "growth": grown.get("growth_flops")},
+            "flops": breakdown(grown, growth["culled_flops"]) if grown else dict.fromkeys(FLOPS),
             "accuracy": {name: arms.get(name, {}).get("test_accuracy") for name in _ARMS},
+            "comparisons": self._comparisons(arms),
             "start_accuracy": grown.get("start_accuracy"),
             "compare_at": self._config.compare_at,
             "events": {"published": counts.published, "dropped": counts.dropped},
             "arms": arms,
             "growth_seconds": grown.get("growth_seconds"),
             "rollbacks": growth["rollbacks"],
+            "changes": [{key: change[key] for key in _SHOWN_CHANGE} for change in self._done.get("changes", [])],
             "export": self._done.get("export"),
         }
+
+
+def _packed(scores: torch.Tensor) -> str | list[float]:
+    """A score for each image: a digit each if it is right or wrong, else numbers."""
+    if scores.dtype is torch.bool:
+        return "".join("01"[right] for right in scores.tolist())
+    return [float(score) for score in scores.tolist()]
 
 
 def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
     records = trainer.engine.seeds()
     ends = [record.outcome for record in records]
+    culled = sum(record.flops * trainer.coordinator.trial_steps(record) for record in records)
     return {
         "epochs": trainer.epoch,
         "parameters": trainer.parameter_count(),
@@ -263,11 +288,12 @@ def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
             "fossilized": ends.count(SeedState.FOSSILIZED),
             "culled": ends.count(SeedState.CULLED),
         },
-        "seeds": [_seed_summary(record, trainer.coordinator.reason(record)) for record in records],
+        "culled_flops": float(TRAINING_FACTOR * trainer.batches.batch_size * culled),
+        "seeds": [_seed_summary(record, trainer.coordinator) for record in records],
     }
 
 
-def _seed_summary(record: SeedRecord, reason: str) -> dict[str, Any]:
+def _seed_summary(record: SeedRecord, coordinator: AdaptationCoordinator) -> dict[str, Any]:
     return {
         "seed": record.seed,
         "slot": record.slot,
@@ -276,5 +302,7 @@ def _seed_summary(record: SeedRecord, reason: str) -> dict[str, Any]:
         "size": record.size,
         "state": (record.outcome or record.state).value,
         "contribution": contribution_json(record.contribution),
-        "reason": reason,
+        "decision": coordinator.decision(record),
+        "plan_contribution": contribution_json(record.plan_contribution),
+        "reason": coordinator.reason(record),
     }

@@ -43,6 +43,7 @@ from services.tolaria.schedule import Schedule
 from services.tolaria.seeds import derive
 from services.tolaria.step_times import StepTimes
 from services.tolaria.task import Classification, Objective
+from services.tolaria.verdict import accuracy_interval
 
 _SHOW_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.5
@@ -65,13 +66,18 @@ class ArmResult:
 
     arm: str
     test_accuracy: float
+    test_interval: tuple[float, float]
+    """Of ``test_accuracy``, at 95 % confidence, over the images."""
+    test_samples: int
     validation_accuracy: float
     parameters: int
     flops: int
     steps: int
     seconds: float
     training_flops: float
+    discarded_flops: float
     growth_flops: float
+    health_flops: float
     validation_flops: float
     cpu_seconds: float
     growth_cpu_seconds: float
@@ -199,6 +205,8 @@ class TolariaTrainer:
         # The epoch under way.
         self.epoch_loss = 0.0
         self.validation: Evaluation | None = None
+        #: What the test set said, once it was asked.
+        self.test: Evaluation | None = None
         self.accuracies: list[float] = []
         self.health: HealthReport | None = None
         self._epoch_started = time.perf_counter()
@@ -373,19 +381,19 @@ class TolariaTrainer:
             self.health = self.engine.measure_health(
                 [self.data.normalization(images[first : first + size]) for first in range(0, len(images), size)]
             )
-        self.account.growth_flops += self.health.flops
+        self.account.bill_health(self.health.flops)
         self.reporter.measured(self.health, epoch)
 
     def _measure_contributions(self, groups: Sequence[Sequence[str]]) -> list[Contribution]:
         """The worth of each group of seeds: the same weights and images with all of it and with none of it."""
         whole = self._evaluate()
-        self.account.growth_flops += whole.flops
+        self.account.bill_counterfactual(whole.flops)
         found: list[Contribution] = []
         for seeds in groups:
             span = self.telemetry.span("measure contribution", {"esper.seeds": list(seeds)})
             with span, self.engine.without(seeds):
                 without = self._evaluate()
-            self.account.growth_flops += without.flops
+            self.account.bill_counterfactual(without.flops)
             found.append(contribution(whole, without, self.config.growth.evaluation.confidence))
         return found
 
@@ -539,6 +547,7 @@ class TolariaTrainer:
         What was spent stays spent, and how often the run was rolled back is not forgotten.
         """
         values = state.values
+        self.account.discard_since(values["account"])
         self._begin_anew(values)
         self.model.load_state_dict(_named(state.tensors, "model/"))
         self.optimizer.load_state(_named(state.tensors, "optimizer/"))
@@ -692,7 +701,7 @@ class TolariaTrainer:
         self._bill_time(growth=True)
         self.validation = self._evaluate()
         self.test_set.unlock()
-        test = evaluate(
+        self.test = evaluate(
             self.model,
             self.test_set.take(),
             self.data.normalization,
@@ -702,7 +711,9 @@ class TolariaTrainer:
         )
         return ArmResult(
             arm=self.arm,
-            test_accuracy=test.accuracy,
+            test_accuracy=self.test.accuracy,
+            test_interval=accuracy_interval(self.test.accuracy, len(self.test.scores)),
+            test_samples=len(self.test.scores),
             validation_accuracy=self.validation.accuracy,
             parameters=self.parameter_count(),
             flops=self.flops,

@@ -478,6 +478,9 @@ def test_a_rollback_restores_the_last_good_state_exactly_and_changes_the_rate(tm
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     (rolled,) = [event for event in events if event["kind"] == "rollback"]
     assert (rolled["from_step"], rolled["to_step"], rolled["seeds"]) == (13, 9, [])
+    # Steps 10 to 13 were made twice: they are billed twice, and said to be lost once.
+    step = trainer.account.training_flops / (trainer.total_steps + 4)
+    assert trainer.account.discarded_flops == pytest.approx(4 * step)
 
 
 def test_a_rollback_blames_the_seeds_under_way(tmp_path: Path) -> None:
@@ -601,6 +604,8 @@ def test_callers_germinate_and_cull(tmp_path: Path) -> None:
     trainer.train()
     (record,) = trainer.engine.seeds()
     assert record.outcome is SeedState.CULLED
+    assert record.birth_step is not None
+    assert trainer.coordinator.trial_steps(record) == 12 - record.birth_step > 0
     answers = {(answer.command.command_id, answer.step): answer for answer in harness.scripted.answers}
     assert answers["c1", 4].seed == "seed-1"
     assert answers["c1", 12].seed == "seed-1"  # the same wish again is not a second seed

@@ -130,7 +130,19 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert len(json.loads((folder / "lineage.json").read_text())["seeds"]) == summary["adaptations"]["started"]
     assert (folder / "lineage-uniform.json").exists()
     assert summary["start_accuracy"] is None
-    assert summary["flops"]["growth"] > 0
+    flops = summary["flops"]
+    assert flops["growth"] == flops["health"] + flops["counterfactuals"] > flops["health"] > 0
+    assert flops["total"] == flops["training"] + flops["growth"] + flops["validation"]
+    assert (flops["culled_seeds"], flops["discarded"]) == (0, 0)
+    assert set(summary["comparisons"]) == {"host", "bigger", "uniform"}
+    for name, found in summary["comparisons"].items():
+        assert found["points"] == pytest.approx(summary["accuracy"]["grown"] - summary["accuracy"][name])
+        assert found["low"] < found["points"] < found["high"]
+        assert found["samples"] == arms[name]["test_samples"] > 0
+    assert all(arm["test_interval"][0] < arm["test_accuracy"] < arm["test_interval"][1] for arm in arms.values())
+    assert summary["changes"]
+    assert {seed["decision"] for seed in summary["seeds"]} <= {line["decision"] for line in lines}
+    assert all(seed["plan_contribution"] for seed in summary["seeds"])
     assert summary["events"]["published"] > 0
     assert summary["events"]["dropped"] == 0
     assert {seed["state"] for seed in summary["seeds"]} == {"FOSSILIZED"}
@@ -155,6 +167,7 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert again[-1].summary["accuracy"] == summary["accuracy"]
     assert again[-1].summary["export"] == summary["export"]
     assert again[-1].summary["seeds"] == summary["seeds"]
+    assert again[-1].summary["comparisons"] == summary["comparisons"]
     assert {message.arm for message in again if message.kind == "epoch"} == {"bigger"}
 
 
@@ -234,7 +247,8 @@ def test_a_caller_stops_the_run(services: Services, tmp_path: Path, monkeypatch:
     summary = told[-1].summary
     assert (summary["status"], summary["reason"]) == ("stopped", "enough")
     assert summary["accuracy"] == {"grown": None, "host": None, "bigger": None, "uniform": None}
-    assert summary["flops"] == {"training": None, "growth": None}
+    assert set(summary["flops"].values()) == {None}
+    assert (summary["comparisons"], summary["changes"]) == ({}, [])
 
 
 def test_missing_data_ends_with_one_line(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,24 @@ from services.tolaria.run_folder import RunFolder
 
 
 def summary(**changes: Any) -> dict[str, Any]:
-    arm = {"test_accuracy": 92.5, "parameters": 1880, "flops": 27424, "training_flops": 7.29e9, "seconds": 13.8}
+    arm = {
+        "test_accuracy": 92.5,
+        "test_interval": [90.0, 95.0],
+        "parameters": 1880,
+        "flops": 27424,
+        "training_flops": 7e9,
+        "growth_flops": 2e8,
+        "seconds": 13.8,
+        "growth_seconds": 0.7,
+    }
+    better = {"points": 17.5, "low": 13.0, "high": 22.0, "confidence": 0.95, "samples": 360}
+    flops = {"training": 7e9, "culled_seeds": 7e7, "discarded": 0.0, "growth": 2e8, "health": 1e8}
     return {
         "accuracy": {"grown": 92.5, "host": 75.0, "bigger": 94.0},
-        "arms": {"grown": {**arm, "growth_seconds": 0.7}, "host": arm},
+        "arms": {"grown": arm, "host": {**arm, "test_accuracy": 75.0, "growth_flops": 0.0, "growth_seconds": 0.0}},
+        "comparisons": {"host": better},
+        "changes": [{"path": "c1", "operation": "conv2d", "before_shape": [4, 1], "after_shape": [6, 1]}],
+        "flops": {**flops, "counterfactuals": 1e8, "validation": 8e8, "total": 8e9},
         "growth_seconds": 0.7,
         "adaptations": {"started": 6, "fossilized": 5, "culled": 1},
         "report": "r.html",
@@ -25,20 +39,30 @@ def summary(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_the_result_compares_and_names_the_cost_of_growth() -> None:
+def test_the_result_opens_with_the_verdict_and_names_the_cost_of_growth() -> None:
     lines = result_lines(summary())
-    assert lines[1].split() == ["test", "%", "parameters", "FLOPs/image", "training", "FLOPs", "seconds", "growth"]
-    assert lines[2].split() == ["grown", "92.50", "1,880", "27,424", "7.29e+09", "13.8", "0.7"]
-    assert lines[3].split()[-1] == "-", "what was not measured is no zero"
-    assert "Growth gained +17.50 points over the same host, -1.50 against its own final shape" in lines[5]
-    assert "growth took 0.7 s of the grown network's time: scoring, counterfactuals, surgery" in lines
+    assert lines[1] == "Grow."
+    assert lines[2].startswith("  The grown network is better than the same host without growth: +17.50 [+13.00, +22.0")
+    assert lines[4] == "  The shape: c1 4 to 6."
+    grown, host = lines[7:9]
+    assert grown.split() == ["grown", "92.50", "[90.0,", "95.0]", "-", "1,880", "27,424", "7.2e+09", "13.8", "0.7"]
+    assert host.split()[1:7] == ["75.00", "[90.0,", "95.0]", "+17.50", "[+13.00,", "+22.00]"]
+    assert lines[6].index("seconds") + len("seconds") == grown.index("13.8") + len("13.8"), "columns stand in line"
+    (cost,) = [line for line in lines if "8e+09 FLOPs" in line]
+    assert "training 87.5% (culled seeds 0.9%, steps taken back 0.0%), measuring 1.2%, counterfactuals 1.2%" in cost
+    assert cost.endswith("validation 10.0%")
+    assert "growth took 0.7 s of the grown network's time: measuring, counterfactuals, surgery" in lines
     assert "seeds: 6 started, 5 fossilized, 1 culled" in lines
     assert lines[-1] == "report: r.html"
 
 
 def test_no_gain_is_said_plainly() -> None:
-    lines = result_lines(summary(accuracy={"grown": 74.0, "host": 75.0, "bigger": None}))
-    assert "No gain from growth: -1.00 points against the same host." in lines
+    worse = {"points": -1.0, "low": -4.0, "high": 2.0, "confidence": 0.95, "samples": 360}
+    lines = result_lines(summary(comparisons={"host": worse}, start_accuracy=75.25, changes=[]))
+    assert lines[1] == "No gain shown."
+    assert "is not shown to be better than the trained host trained on: -1.00 [-4.00, +2.00] points" in lines[2]
+    assert lines[3] == ""
+    assert "before the first step the trained host stood at 75.25 % on the validation split" in lines
 
 
 def test_a_run_that_told_nothing() -> None:

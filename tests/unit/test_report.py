@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from services.chassis.errors import EsperError
-from services.tolaria.charts import Bar, Series, line_chart, timeline
-from services.tolaria.report import render, verdict, write_report
+from services.tolaria.charts import Bar, Range, Series, line_chart, ranges, timeline
+from services.tolaria.report import render, write_report
 
 
 def lines(path: Path, *content: dict[str, Any], tail: str = "") -> None:
@@ -41,20 +41,37 @@ def transition(state: str, step: int) -> dict[str, Any]:
     }
 
 
+def arm(accuracy: float) -> dict[str, Any]:
+    return {
+        "test_accuracy": accuracy,
+        "test_interval": [accuracy - 3, accuracy + 3],
+        "validation_accuracy": accuracy,
+        "parameters": 1200,
+        "flops": 3400,
+        "steps": 50,
+        "training_flops": 1e9,
+        "growth_flops": 1e8,
+        "seconds": 5.0,
+        "growth_seconds": 1.0,
+    }
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run folder with everything in it."""
     (tmp_path / "config.yaml").write_text("training: <b>\n", encoding="utf-8")
     lines(tmp_path / "metrics.jsonl", epoch("grown", 1), epoch("grown", 2, None), epoch("host", 1), tail='{"cut\n7\n')
     states = ("GERMINATED", 10), ("GRAFTING", 12), ("GRAFTING", 12), ("FOSSILIZED", 20), ("DORMANT", 20)
-    lines(tmp_path / "events.jsonl", {"kind": "state"}, *(transition(*state) for state in states))
+    other = {**transition("GRAFTING", 12), "arm": "uniform"}
+    lines(tmp_path / "events.jsonl", {"kind": "state"}, *(transition(*state) for state in states), other)
     evidence = [
         {"slot": "a/conv1", "width": 2, "planned_width": 4, "need": 0.5, "chosen": True, "reason": "x"},
         {"slot": "b"},
     ]
     lines(
         tmp_path / "decisions.jsonl",
-        {"epoch": 1, "step": 10, "explanation": "widen <it>", "evidence": evidence},
+        {"decision": "d-1", "epoch": 1, "step": 10, "explanation": "widen <it>", "evidence": evidence},
+        {"arm": "uniform", "epoch": 1, "step": 10, "explanation": "every layer alike", "evidence": evidence},
         {"epoch": 2, "step": 20, "explanation": "Tamiyo did not answer in time"},
     )
     service = {"address": "127.0.0.1:1", "state": "stopped", "restarts": 1, "serving_after": 1.5}
@@ -70,12 +87,31 @@ def folder(tmp_path: Path) -> Path:
     }
     (tmp_path / "mesh.json").write_text(json.dumps(mesh), encoding="utf-8")
     worth = {"points": 1.5, "low": 0.5, "high": 2.5}
-    seed = {"seed": "seed-1", "slot": "conv1", "blueprint": "abcdef0123", "state": "FOSSILIZED", "contribution": worth}
+    plan = {"points": 4.5, "low": 2.5, "high": 6.5}
+    seed = {
+        "seed": "seed-1",
+        "slot": "conv1",
+        "blueprint": "abcdef0123",
+        "state": "FOSSILIZED",
+        "contribution": worth,
+        "decision": "d-1",
+        "plan_contribution": plan,
+    }
+    flops = ("training", "culled_seeds", "discarded", "growth", "health", "counterfactuals", "validation", "total")
+    better = {"points": 10.0, "low": 6.0, "high": 14.0, "confidence": 0.95, "samples": 360}
     summary = {
         "status": "succeeded",
         "accuracy": {"grown": 90.0, "host": 80.0, "bigger": 91.0},
-        "arms": {"grown": {"test_accuracy": 90.0, "parameters": 1200}, "host": {"test_accuracy": 80.0}},
-        "seeds": [seed, {**seed, "contribution": None}],
+        "arms": {"grown": arm(90.0), "host": arm(80.0), "bigger": {**arm(91.0), "training_flops": 2e9}},
+        "comparisons": {"host": better, "bigger": {**better, "points": -1.0, "low": -3.0, "high": 1.0}},
+        "compare_at": "epochs",
+        "start_accuracy": None,
+        "seeds": [seed, {**seed, "contribution": None, "state": "CULLED"}, {**seed, "decision": None}],
+        "changes": [
+            {"path": "conv1", "operation": "conv2d", "before_shape": [4, 1, 3, 3], "after_shape": [6, 1, 3, 3]},
+            {"path": "conv<2>", "operation": "branch:attention", "before_shape": [], "after_shape": [6, 2, 6]},
+        ],
+        "flops": {**dict.fromkeys(flops, 2e8), "total": 1e9},
         "events": {"published": 7, "dropped": 0},
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
@@ -84,7 +120,18 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_whole_run(folder: Path) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
-    assert "Growth gained +10.00 points over the same host, -1.00 against its own final shape" in text
+    assert text.index("<h2>Verdict</h2>") < text.index("Grow</p>") < text.index("<h2>Validation accuracy</h2>")
+    assert "better than the same host without growth: +10.00 [+6.00, +14.00] points, the host at equal FLOPs" in text
+    assert "No difference from its own final shape trained from scratch is shown: -1.00 [-3.00, +1.00]" in text
+    assert "from scratch at 191% of its FLOPs" in text
+    assert "over 360 test images, not over seeds" in text
+    assert "90.00 [87.0, 93.0]" in text
+    assert "trained for as many epochs as the run" in text
+    assert "conv1 4 to 6, attention at conv&lt;2&gt;" in text
+    assert "4 x 1 x 3 x 3" in text
+    assert "of it seeds that were not kept</td><td class=n>2e+08</td><td class=n>20.00%" in text
+    assert "1 of its 2 seeds were kept; all of them together are worth +4.50 [+2.50, +6.50] points." in text
+    assert "every layer alike" not in text, "the story of a control is not the run's"
     assert "1,200" in text
     assert "not measured" in text
     assert "+1.50 [+0.50, +2.50]" in text
@@ -100,18 +147,23 @@ def test_a_whole_run(folder: Path) -> None:
     assert "http" not in text, "nothing comes from elsewhere"
 
 
-def test_a_run_without_gain_says_so(folder: Path) -> None:
+def test_a_run_that_extends_a_trained_host(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
-    summary["accuracy"] = {"grown": 80.0, "host": 80.0, "bigger": None}
+    summary |= {"start_accuracy": 75.25, "compare_at": "flops"}
     (folder / "summary.json").write_text(json.dumps(summary))
     text = render(folder)
-    assert "No gain from growth: +0.00 points" in text
-    assert "own final shape" not in text
-    summary["accuracy"]["host"] = None
+    assert "the trained host stood at 75.25 % on the validation split" in text
+    assert "trained to the FLOPs of the run, growth included" in text
+
+
+def test_a_run_without_controls(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"arms": {"grown": arm(90.0)}, "comparisons": {}, "changes": [], "flops": {"total": None}}
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert "80.00 % on the test set" in render(folder)
-    assert verdict(summary) is None
-    assert verdict({}) is None
+    text = render(folder)
+    assert "Not compared" in text
+    assert "trained for as many" not in text
+    assert '<p class="none">not measured</p>' in text
 
 
 @pytest.mark.parametrize("summary", [None, "[1]", "{", '{"reason": "the <disk> is full"}'])
@@ -151,6 +203,17 @@ def test_lines_marks_and_stairs() -> None:
 @pytest.mark.parametrize(("top", "tick"), [(50.0, ">20<"), (40_000.0, ">20k<"), (4e6, ">2M<"), (4e9, ">2G<")])
 def test_ticks_are_round_and_short(top: float, tick: str) -> None:
     assert tick in line_chart([Series("s", [(0, 0.0), (1, top)])], x_label="x", y_label="y")
+
+
+def test_ranges_show_value_and_interval() -> None:
+    drawn = ranges([Range("a<b", 50.0, 40.0, 60.0), Range("c", 55.0, 45.0, 65.0)], x_label="percent")
+    assert "a&lt;b: 50.00 [40.00, 60.00]" in drawn
+    assert drawn.count("<circle") == 2
+    first = drawn.split('class="line s0" x1="')[1].split('"')
+    low, high = float(first[0]), float(first[2])
+    middle = float(drawn.split('cx="')[1].split('"')[0])
+    assert low < middle < high
+    assert middle == pytest.approx((low + high) / 2, abs=0.2)
 
 
 def test_a_timeline_begins_with_the_run() -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from services.chassis.config.schema import GovernorConfig, OptimizerConfig
 from services.kasmina.model import ParameterGroup, Replacement
 from services.tolaria import checkpoint, progress
-from services.tolaria.accounting import Account, LapClock
+from services.tolaria.accounting import Account, LapClock, breakdown
 from services.tolaria.checkpoint import CheckpointStore, State
 from services.tolaria.data.splits import Normalization, Split
 from services.tolaria.errors import CheckpointError, CheckpointWriteError, JournalError
@@ -541,10 +541,33 @@ def test_progress_writer_sends_json_objects() -> None:
     assert progress.decode(json.dumps(sent[0])) == MESSAGES[4]
 
 
+def test_what_was_spent_adds_up() -> None:
+    account = Account(
+        training_flops=60.0, discarded_flops=5.0, growth_flops=30.0, health_flops=10.0, validation_flops=10.0
+    )
+    assert breakdown(account.state(), culled=7.0) == {
+        "training": 60.0,
+        "culled_seeds": 7.0,
+        "discarded": 5.0,
+        "growth": 30.0,
+        "health": 10.0,
+        "counterfactuals": 20.0,
+        "validation": 10.0,
+        "total": 100.0,
+    }
+
+
 def test_account_bills_forward_and_backward() -> None:
     account = Account()
     account.bill_steps(100, 8)
     assert account.training_flops == 2400
+    earlier = account.state()
+    account.bill_steps(100, 8)
+    account.discard_since(earlier)
+    account.bill_health(70.0)
+    account.bill_counterfactual(30.0)
+    assert (account.training_flops, account.discarded_flops) == (4800, 2400)
+    assert (account.growth_flops, account.health_flops) == (100, 70)
     assert Account(**account.state()) == account
     lap = LapClock().lap()
     assert lap.seconds >= 0
