@@ -119,6 +119,13 @@ class GrowthEngine:
 
     # ------------------------------------------------------------------ looking
 
+    def reshape(self, extra: Mapping[str, int]) -> None:
+        """Give an ungrown host the plain layers that it would have with ``extra`` channels per WIDTH slot.
+
+        For measuring what a shape costs: the new layers' weights are not initialized.
+        """
+        self._network.reset(extra)
+
     def slots(self) -> list[SlotInfo]:
         """Places where the network can grow: WIDTH slots in forward order, then SPANs."""
         found: list[SlotInfo] = []

@@ -33,6 +33,23 @@ class BudgetKind(enum.StrEnum):
 
     FLOPS = "flops"
     PARAMETERS = "parameters"
+    LATENCY = "latency"
+
+    def words(self, amount: float) -> str:
+        """An amount for people, without its unit."""
+        return f"{amount:,.4g}" if self is BudgetKind.LATENCY else f"{amount:,.0f}"
+
+    @property
+    def unit(self) -> str:
+        """What is counted, for people."""
+        return _UNITS[self]
+
+
+_UNITS = {
+    BudgetKind.FLOPS: "FLOPs per image",
+    BudgetKind.PARAMETERS: "parameters",
+    BudgetKind.LATENCY: "ms per training step",
+}
 
 
 @dataclass(frozen=True)

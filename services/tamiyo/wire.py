@@ -42,6 +42,7 @@ _KINDS = {SLOT_KIND_WIDTH: SlotKind.WIDTH, SLOT_KIND_SPAN: SlotKind.SPAN}
 _BUDGETS = {
     observation_pb2.BUDGET_KIND_FLOPS: BudgetKind.FLOPS,
     observation_pb2.BUDGET_KIND_PARAMETERS: BudgetKind.PARAMETERS,
+    observation_pb2.BUDGET_KIND_LATENCY: BudgetKind.LATENCY,
 }
 _OCCUPANCIES = {
     topology_pb2.SLOT_OCCUPANCY_FREE: Occupancy.FREE,
@@ -65,7 +66,7 @@ def read_observation(message: observation_pb2.Observation) -> Observation:
     start = _finite(message.window_start_ratio, "observation.window_start_ratio", low=0)
     end = _finite(message.window_end_ratio, "observation.window_end_ratio", low=start)
     if message.budget.kind not in _BUDGETS:
-        raise invalid("observation.budget.kind", "it is no kind of budget", "use FLOPS or PARAMETERS")
+        raise invalid("observation.budget.kind", "it is no kind of budget", "use FLOPS, PARAMETERS or LATENCY")
     kind = _BUDGETS[message.budget.kind]
     slots = _read_slots(message)
     names = {slot.name for slot in slots}
@@ -140,7 +141,7 @@ def _read_cost_terms(message: observation_pb2.Observation, kind: BudgetKind, wid
         path = f"observation.cost_terms[{index}]"
         for slot in term.slots:
             _require(slot in widths, f"{path}.slots", f"{slot!r} is no observed width slot", "price observed slots")
-        value = term.flops if kind is BudgetKind.FLOPS else term.parameters
+        value = _in_kind(kind, term.flops, term.parameters, _optional_of(term, "step_milliseconds"), path)
         terms.append(CostTerm(_finite(value, f"{path}.{kind}", low=0), tuple(term.slots)))
     return terms
 
@@ -154,14 +155,27 @@ def _read_candidates(message: observation_pb2.Observation, kind: BudgetKind, nam
             _require(slot in names, f"{path}.slots", f"{slot!r} is none of the observed slots", "name observed slots")
         costs = {}
         for cost in item.branch_costs:
-            flops = kind is BudgetKind.FLOPS
-            fixed, each = (
-                (cost.flops_fixed, cost.flops_per_size) if flops else (cost.parameters_fixed, cost.parameters_per_size)
-            )
             where = f"{path}.branch_costs[{cost.slot!r}]"
+            milliseconds = [_optional_of(cost, f"step_milliseconds_{part}") for part in ("fixed", "per_size")]
+            fixed = _in_kind(kind, cost.flops_fixed, cost.parameters_fixed, milliseconds[0], where)
+            each = _in_kind(kind, cost.flops_per_size, cost.parameters_per_size, milliseconds[1], where)
             costs[cost.slot] = BranchCost(_finite(fixed, where, low=0), _finite(each, where, low=0))
         candidates.append(Candidate(item.blueprint, item.family, frozenset(item.slots), costs))
     return candidates
+
+
+def _optional_of(message: topology_pb2.CostTerm | observation_pb2.BranchCost, field: str) -> float | None:
+    # The stubs know the fields of each message by name; here they come with the message.
+    return getattr(message, field) if message.HasField(field) else None  # type: ignore[arg-type]  # as above
+
+
+def _in_kind(kind: BudgetKind, flops: float, parameters: float, milliseconds: float | None, path: str) -> float:
+    """The price in the unit of the budget. Raises EsperError where time is counted and was not measured."""
+    if kind is BudgetKind.LATENCY:
+        if milliseconds is None:
+            raise invalid(f"{path}.step_milliseconds", "it is absent and the budget counts time", "measure it")
+        return milliseconds
+    return flops if kind is BudgetKind.FLOPS else parameters
 
 
 def _require(holds: bool, path: str, why: str, way_out: str) -> None:

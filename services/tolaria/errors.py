@@ -49,6 +49,12 @@ class ModelError(TolariaError):
     REASON = Reason.MODEL_INVALID
 
 
+class BudgetError(TolariaError):
+    """The growth budget does not allow even the host."""
+
+    REASON = Reason.INVALID_FIELD
+
+
 class CheckpointError(TolariaError):
     """A checkpoint cannot be used: damaged, of another version, or of another run."""
 

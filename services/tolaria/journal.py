@@ -91,6 +91,10 @@ class Journal:
         self.position += 1
         return entry
 
+    def first(self, kind: str) -> Entry | None:
+        """The first entry of ``kind``, wherever the run is; None if there is none."""
+        return next((entry for entry in self._entries if entry.kind == kind), None)
+
     def knows(self, kind: str, command_id: str) -> bool:
         """Whether that command of a caller was journaled as ``kind`` before: a gateway may pass one on again."""
         return any(

@@ -440,11 +440,9 @@ def plan_of(config: EsperConfig) -> str:
     ]
     if growth.enabled:
         start, end = (round(share * config.training.epochs) for share in growth.window)
-        kind = "parameters" if growth.budget.flops is None else "flops"
-        limit = growth.budget.flops or growth.budget.parameters
         lines.append(
             f"      grow by {growth.policy}: {growth.decisions} decisions between epochs {start} and {end}, "
-            f"to at most {limit:g} times the host's {kind}"
+            f"to at most {growth.budget}"
         )
     else:
         lines.append("      without growth")

@@ -15,7 +15,6 @@ from esper.tamiyo.v1 import observation_pb2, outcome_pb2
 from services.blueprints import families
 from services.blueprints.spec import Blueprint, Interface
 from services.blueprints.wire import interface_to_proto
-from services.chassis.config.schema import BudgetConfig
 from services.kasmina.engine import GrowthEngine
 from services.kasmina.kernel_cache import CacheStats
 from services.kasmina.lifecycle import SeedState
@@ -29,12 +28,21 @@ from services.kasmina.model import (
     SlotOccupancy,
     SlotStatus,
 )
+from services.tolaria.budget import Limit
+from services.tolaria.latency import LatencyModel
 
 _OCCUPANCY = {
     SlotOccupancy.FREE: topology_pb2.SLOT_OCCUPANCY_FREE,
     SlotOccupancy.OCCUPIED: topology_pb2.SLOT_OCCUPANCY_OCCUPIED,
     SlotOccupancy.EMBARGO: topology_pb2.SLOT_OCCUPANCY_EMBARGO,
     SlotOccupancy.LOCKED: topology_pb2.SLOT_OCCUPANCY_LOCKED,
+}
+
+
+_BUDGET_KINDS = {
+    "flops": observation_pb2.BUDGET_KIND_FLOPS,
+    "parameters": observation_pb2.BUDGET_KIND_PARAMETERS,
+    "latency": observation_pb2.BUDGET_KIND_LATENCY,
 }
 
 
@@ -86,9 +94,8 @@ class Situation:
     progress: float
     window: tuple[float, float]
     decisions_left: int
-    budget: BudgetConfig
-    host_flops: int
-    host_parameters: int
+    limit: Limit
+    latency: LatencyModel | None
     max_factor: float
     validation_accuracies: Sequence[float]
     seed: int
@@ -99,7 +106,8 @@ def observe(
 ) -> observation_pb2.Observation:
     """Everything that the policy may base its decision on."""
     run, slots = situation.run, engine.slots()
-    fitting = [_candidate(run, blueprint, slots, engine) for blueprint in candidates]
+    terms = engine.cost_terms()
+    fitting = [_candidate(run, blueprint, slots, engine, situation.latency) for blueprint in candidates]
     return observation_pb2.Observation(
         run=run_name(run),
         epoch=situation.epoch,
@@ -108,10 +116,10 @@ def observe(
         window_start_ratio=situation.window[0],
         window_end_ratio=situation.window[1],
         decisions_left=situation.decisions_left,
-        budget=_budget(situation, engine.cost_terms(), slots),
+        budget=_budget(situation, terms, slots),
         slots=[_slot(run, slot, engine, situation.epoch) for slot in slots],
         health=health_to_proto(run, health) if health is not None else (),
-        cost_terms=_cost_terms(run, engine.cost_terms()),
+        cost_terms=_cost_terms(run, terms, situation.latency),
         candidates=fitting,
         max_factor=situation.max_factor,
         validation_accuracy_percent=situation.validation_accuracies,
@@ -137,7 +145,7 @@ def topology(run: str, engine: GrowthEngine, *, epoch: int, step: int) -> topolo
         run=run_name(run),
         slots=[_slot(run, slot, engine, epoch) for slot in engine.slots()],
         refused=dict(engine.refused()),
-        cost_terms=_cost_terms(run, engine.cost_terms()),
+        cost_terms=_cost_terms(run, engine.cost_terms(), None),
         parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
         flops=engine.flops(),
         step=step,
@@ -250,13 +258,13 @@ def now() -> Timestamp:
 def _budget(situation: Situation, terms: Sequence[CostTerm], slots: Sequence[SlotInfo]) -> observation_pb2.Budget:
     # The widths hold seeds under way too: a budget is not spent twice while a kernel is compiled.
     widths = {slot.name: slot.width for slot in slots}
-    if situation.budget.parameters is not None:
-        kind, limit = observation_pb2.BUDGET_KIND_PARAMETERS, situation.budget.parameters * situation.host_parameters
-        return observation_pb2.Budget(kind=kind, limit=limit, current=cost(terms, widths, "parameters"))
-    multiple = situation.budget.flops
-    assert multiple is not None, "the configuration allows exactly one limit"
-    kind, limit = observation_pb2.BUDGET_KIND_FLOPS, multiple * situation.host_flops
-    return observation_pb2.Budget(kind=kind, limit=limit, current=cost(terms, widths, "flops"))
+    kind, latency = situation.limit.kind, situation.latency
+    if kind == "latency":
+        assert latency is not None, "a limit of latency comes with what was measured"
+        current = latency.cost(terms, widths)
+    else:
+        current = cost(terms, widths, kind)
+    return observation_pb2.Budget(kind=_BUDGET_KINDS[kind], limit=situation.limit.value, current=current)
 
 
 def _slot(run: str, slot: SlotInfo, engine: GrowthEngine, epoch: int) -> topology_pb2.Slot:
@@ -273,17 +281,24 @@ def _slot(run: str, slot: SlotInfo, engine: GrowthEngine, epoch: int) -> topolog
     )
 
 
-def _cost_terms(run: str, terms: Iterable[CostTerm]) -> list[topology_pb2.CostTerm]:
-    return [
+def _cost_terms(run: str, terms: Sequence[CostTerm], latency: LatencyModel | None) -> list[topology_pb2.CostTerm]:
+    times: Sequence[float | None] = [None] * len(terms) if latency is None else latency.of_terms(terms)
+    found = [
         topology_pb2.CostTerm(
-            flops=term.flops, parameters=term.parameters, slots=[slot_name(run, slot) for slot in term.slots]
+            flops=term.flops,
+            parameters=term.parameters,
+            slots=[slot_name(run, slot) for slot in term.slots],
+            step_milliseconds=time,
         )
-        for term in terms
+        for term, time in zip(terms, times, strict=True)
     ]
+    if latency is not None:
+        found.append(topology_pb2.CostTerm(step_milliseconds=latency.overhead))
+    return found
 
 
 def _candidate(
-    run: str, blueprint: Blueprint, slots: Iterable[SlotInfo], engine: GrowthEngine
+    run: str, blueprint: Blueprint, slots: Iterable[SlotInfo], engine: GrowthEngine, latency: LatencyModel | None
 ) -> observation_pb2.Candidate:
     family = families.check(blueprint)
     places = [(slot.name, engine.interface(slot.name)) for slot in slots if slot.kind is family.slot_kind]
@@ -293,12 +308,16 @@ def _candidate(
         family=family.name,
         slots=[slot_name(run, name) for name, _ in fitting],
         branch_costs=[
-            _branch_cost(run, blueprint, name, interface) for name, interface in fitting if family.path == "branch"
+            _branch_cost(run, blueprint, name, interface, latency)
+            for name, interface in fitting
+            if family.path == "branch"
         ],
     )
 
 
-def _branch_cost(run: str, blueprint: Blueprint, slot: str, interface: Interface) -> observation_pb2.BranchCost:
+def _branch_cost(
+    run: str, blueprint: Blueprint, slot: str, interface: Interface, latency: LatencyModel | None
+) -> observation_pb2.BranchCost:
     """A branch's cost is linear in its size: two sizes tell both parts."""
     family = families.check(blueprint)
     parameters = [family.parameters(blueprint.parameters, interface, size) for size in (1, 2)]
@@ -309,4 +328,6 @@ def _branch_cost(run: str, blueprint: Blueprint, slot: str, interface: Interface
         flops_per_size=flops[1] - flops[0],
         parameters_fixed=2 * parameters[0] - parameters[1],
         parameters_per_size=parameters[1] - parameters[0],
+        step_milliseconds_fixed=None if latency is None else latency.other_rate * (2 * flops[0] - flops[1]),
+        step_milliseconds_per_size=None if latency is None else latency.other_rate * (flops[1] - flops[0]),
     )

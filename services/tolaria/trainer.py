@@ -23,9 +23,10 @@ from services.chassis.telemetry import ROOT, Telemetry, current_traceparent, lin
 from services.kasmina.engine import GrowthEngine
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import Contribution, HealthReport, Replacement
-from services.tolaria import checkpoint
+from services.tolaria import budget, calibration, checkpoint
 from services.tolaria.accounting import Account, LapClock
 from services.tolaria.adaptation import AdaptationCoordinator
+from services.tolaria.budget import Limit
 from services.tolaria.checkpoint import CheckpointStore, State
 from services.tolaria.data.batches import Batches
 from services.tolaria.data.splits import DataSet
@@ -35,6 +36,7 @@ from services.tolaria.governor import Governor, Instability
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Clock, Entry, Journal
 from services.tolaria.kernel_shelf import KernelShelf
+from services.tolaria.latency import LatencyModel
 from services.tolaria.observation import Situation
 from services.tolaria.optimizer import GrowingOptimizer
 from services.tolaria.ports import ADAPTATION_COMMANDS, Command, CommandKind, CommandResult, Mesh
@@ -201,6 +203,11 @@ class TolariaTrainer:
         self.host_flops = self.engine.flops()
         self.host_parameters = self.parameter_count()
         self.last_good: State | None = None
+        #: What growth may cost; a limit of time is known once a step was timed.
+        self.latency: LatencyModel | None = None
+        self.limit: Limit | None = None
+        if grow and growth.budget.kind != "latency":
+            self.limit = budget.resolve(growth.budget, flops=self.host_flops, parameters=self.host_parameters)
 
         # The epoch under way.
         self.epoch_loss = 0.0
@@ -219,7 +226,8 @@ class TolariaTrainer:
     def train(self) -> ArmResult:
         """Train to the end of the schedule and judge the result on the test set, once.
 
-        Raises TrainingInterruptedError (the checkpoint is saved), TrainingFailedError, JournalError, CheckpointError.
+        Raises TrainingInterruptedError (the checkpoint is saved), TrainingFailedError, BudgetError, JournalError,
+        CheckpointError.
         """
         started = time.perf_counter()
         torch.manual_seed(derive(self.config.run.seed, "training"))
@@ -228,6 +236,8 @@ class TolariaTrainer:
             self._run_trace = current_traceparent()
             self.reporter.state(run_pb2.RUN_STATE_TRAINING, f"from step {self.step} of {self.total_steps}")
         self.reporter.topology(self.engine, epoch=self.epoch, step=self.step)
+        if self.grow and self.config.growth.budget.kind == "latency":
+            self._price_latency()
         if self.trained and not self.accuracies:
             self._start_trained()
         if self.last_good is None:
@@ -250,6 +260,31 @@ class TolariaTrainer:
     def clock(self) -> Clock:
         """Where the run is."""
         return Clock(self.governor.rollbacks, self.step)
+
+    def _price_latency(self) -> None:
+        """Learn what width costs in time, once in a run's life: a resumed run plans with the numbers it began with."""
+        self.journal.next_at(self.clock, "latency")
+        entry = self.journal.first("latency")
+        if entry is None:
+            with self.telemetry.span("measure latency"):
+                model = calibration.measure(
+                    config=self.config,
+                    data=self.data,
+                    objective=self.objective,
+                    build_host=self.build_host,
+                    precision=self._precision,
+                    device=self.device,
+                )
+            entry = self.journal.append("latency", self.clock, asdict(model))
+        self.latency = LatencyModel.from_json(entry.content)
+        host = self.latency.host
+        self.limit = budget.resolve(
+            self.config.growth.budget, flops=self.host_flops, parameters=self.host_parameters, latency=host
+        )
+        self.reporter.status(
+            "training", f"a step of the host takes {host:.3g} ms; growth may take it to {self.limit.value:.3g} ms"
+        )
+        self._bill_time(growth=True)
 
     def _start_trained(self) -> None:
         """Judge a host that was trained already; growth may begin before the first step."""
@@ -409,6 +444,7 @@ class TolariaTrainer:
 
     def _situation(self, epoch: int) -> Situation:
         growth = self.config.growth
+        assert self.limit is not None, "the limit is known from the start of training"
         return Situation(
             run=self.run,
             epoch=epoch,
@@ -416,9 +452,8 @@ class TolariaTrainer:
             progress=self.step / self.total_steps,
             window=self._window_in_epochs(),
             decisions_left=sum(1 for other in self.decision_epochs if other >= epoch),
-            budget=growth.budget,
-            host_flops=self.host_flops,
-            host_parameters=self.host_parameters,
+            limit=self.limit,
+            latency=self.latency,
             max_factor=growth.max_factor,
             validation_accuracies=self.accuracies,
             seed=derive(self.config.run.seed, "controller", epoch),

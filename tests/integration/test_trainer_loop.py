@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,11 @@ from esper.tamiyo.v1 import observation_pb2
 from esper.tolaria.v1 import run_pb2
 from services.blueprints.spec import Blueprint
 from services.kasmina.lifecycle import SeedState
+from services.tamiyo import wire
+from services.tamiyo.observation import cost_of
 from services.tolaria import controls, models
 from services.tolaria.checkpoint import CheckpointStore
-from services.tolaria.errors import CheckpointError, JournalError, TestSetTouchedError, TrainingFailedError
+from services.tolaria.errors import BudgetError, CheckpointError, JournalError, TestSetTouchedError, TrainingFailedError
 from services.tolaria.export import changes, export
 from services.tolaria.interrupt import TrainingInterruptedError
 from services.tolaria.journal import Clock, Journal
@@ -283,6 +286,78 @@ def test_a_budget_of_parameters_is_told_in_parameters(tmp_path: Path) -> None:
     assert {budget.kind for budget in told} == {observation_pb2.BUDGET_KIND_PARAMETERS}
     assert {budget.limit for budget in told} == {3.0 * host}
     assert told[0].current == host
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        ({"flops_absolute": 1e5}, ""),
+        ({"parameters_absolute": 2e4}, ""),
+        ({"flops_absolute": 10}, r"growth\.budget\.flops_absolute: 10 forward FLOPs per sample is below what the host"),
+        ({"parameters_absolute": 9.0}, r"growth\.budget\.parameters_absolute: 9 parameters is below what the host"),
+    ],
+)
+def test_an_absolute_budget_is_taken_as_it_is(tmp_path: Path, limit: dict[str, float], why: str) -> None:
+    harness = Harness(tmp_path, config_of(growth={"budget": limit}))
+    if why:
+        with pytest.raises(BudgetError, match=why):
+            harness.trainer()
+        harness.trainer(grow=False)  # a control does not grow: no budget, no complaint
+        return
+    harness.trainer().train()
+    assert {observation.budget.limit for observation in harness.scripted.asked} == set(limit.values())
+
+
+def test_a_budget_of_time_is_measured_once_in_a_runs_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(growth={"budget": {"latency": 1.5}, "evaluation": KEEP})
+    harness = Harness(tmp_path, config, grow_once(("groups.0.conv1", WIDEN, 2), ("span:groups.1", BRANCH, 2)))
+    trainer = harness.trainer()
+    command_at(trainer, harness, 20, Command(command_id="s", kind=CommandKind.STOP))
+    with pytest.raises(TrainingInterruptedError):
+        trainer.train()
+    trainer.journal.close()
+    told = harness.scripted.asked[0]
+    assert told.budget.kind == observation_pb2.BUDGET_KIND_LATENCY
+    assert trainer.latency is not None
+    assert told.budget.current == pytest.approx(trainer.latency.host)
+    assert told.budget.limit == pytest.approx(1.5 * trainer.latency.host)
+    seen = wire.read_observation(told)
+    widths = {slot.name: slot.width for slot in seen.slots}
+    assert cost_of(seen.cost_terms, widths) == pytest.approx(seen.budget_current)
+    # Whatever a machine's noise: no price is negative.
+    assert all(term.coefficient >= 0 for term in seen.cost_terms)
+    branches = next(candidate for candidate in seen.candidates if candidate.family != "widen")
+    assert all(price.per_size >= 0 for price in branches.branch_costs.values())
+
+    monkeypatch.setattr("services.tolaria.calibration.measure", None)  # never again
+    grown = []
+    for resumed_at in ("checkpoint", "beginning"):
+        if resumed_at == "beginning":
+            shutil.rmtree(tmp_path / "checkpoints")
+        again = harness.trainer()
+        again.resume()
+        again.train()
+        assert again.latency == trainer.latency
+        assert all(asked.budget.limit == told.budget.limit for asked in harness.scripted.asked)
+        again.journal.close()
+        grown.append(weights(again))
+    assert same(*grown)
+
+
+def test_measuring_time_changes_nothing_else(tmp_path: Path) -> None:
+    found = []
+    for name, limit in (("flops", {"flops": 2.0}), ("time", {"latency": 2.0})):
+        harness = Harness(tmp_path / name, keep_config(budget=limit), ONCE)
+        trainer = harness.trainer()
+        trainer.train()
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+def test_a_budget_below_the_hosts_own_time_ends_the_run(tmp_path: Path) -> None:
+    trainer = Harness(tmp_path, config_of(growth={"budget": {"latency_ms": 0.001}})).trainer()
+    with pytest.raises(BudgetError, match=r"growth\.budget\.latency_ms: 0\.001 ms per training step is below"):
+        trainer.train()
 
 
 # ---- resume ------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_the_key_that_was_mean
             "bootstrap_servers: []: list should have at least 1",
         ),
         ("services: {oona: {kafka: {topic_prefix: 'a b'}}}", "topic_prefix: a b: string should match pattern"),
-        ("growth: {budget: {flops: 2, parameters: 2}}", "growth.budget: set exactly one of flops and parameters"),
+        ("growth: {budget: {flops: 2, parameters: 2}}", "growth.budget: set exactly one of flops, parameters, "),
         ("growth: {budget: {flops: null}}", "set exactly one"),
         ("growth: {window: [0.5, 0.2]}", "window: 0.5 to 0.2 is no part of the schedule"),
         ("data: {name: factory}", "name: factory needs the key factory"),
@@ -216,9 +216,8 @@ def test_words_are_those_of_yaml_1_2(write: Callable[..., Path]) -> None:
 
 def test_a_mistake_in_a_value_set_apart_is_found_where_it_was_set(write: Callable[..., Path]) -> None:
     path = write("growth:\n  budget:\n    flops: 2\n")
-    assert problems(path=path, environ={"ESPER__GROWTH__BUDGET__PARAMETERS": "3"}) == [
-        f"{path}:2: growth.budget: set exactly one of flops and parameters"
-    ]
+    (problem,) = problems(path=path, environ={"ESPER__GROWTH__BUDGET__PARAMETERS": "3"})
+    assert problem.startswith(f"{path}:2: growth.budget: set exactly one of flops, parameters")
     assert problems(overrides=["run.seed.x=3"])[0].startswith("--set: run.seed: input should be a valid integer")
     assert problems(environ={"ESPER__TRAINING__OPTIMIZER": "&o {x: *o}"})[0].startswith(
         "env ESPER__TRAINING__OPTIMIZER: training.optimizer.x: it contains itself"

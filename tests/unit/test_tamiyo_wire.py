@@ -44,7 +44,7 @@ def whole(
             topology_pb2.Slot(name=_SPAN, kind=SLOT_KIND_SPAN, width=8, occupancy=topology_pb2.SLOT_OCCUPANCY_FREE),
         ],
         health=[topology_pb2.SlotHealth(slot=_WIDTH, width=6, effective_rank=5.5, samples=200)],
-        cost_terms=[topology_pb2.CostTerm(flops=10, parameters=2, slots=[_WIDTH, _WIDTH])],
+        cost_terms=[topology_pb2.CostTerm(flops=10, parameters=2, slots=[_WIDTH, _WIDTH], step_milliseconds=0.5)],
         candidates=[
             observation_pb2.Candidate(
                 blueprint="blueprints/b",
@@ -52,7 +52,13 @@ def whole(
                 slots=[_SPAN],
                 branch_costs=[
                     observation_pb2.BranchCost(
-                        slot=_SPAN, flops_fixed=1, flops_per_size=2, parameters_fixed=3, parameters_per_size=4
+                        slot=_SPAN,
+                        flops_fixed=1,
+                        flops_per_size=2,
+                        parameters_fixed=3,
+                        parameters_per_size=4,
+                        step_milliseconds_fixed=0.25,
+                        step_milliseconds_per_size=0.125,
                     )
                 ],
             )
@@ -86,6 +92,21 @@ def test_costs_are_in_units_of_the_budget() -> None:
     assert seen.budget_kind is BudgetKind.PARAMETERS
     assert seen.cost_terms[0].coefficient == 2
     assert seen.candidates[0].branch_costs[_SPAN] == BranchCost(3.0, 4.0)
+
+
+def test_time_is_counted_where_it_was_measured() -> None:
+    message = whole(observation_pb2.BUDGET_KIND_LATENCY)
+    seen = wire.read_observation(message)
+    assert seen.budget_kind is BudgetKind.LATENCY
+    assert seen.cost_terms[0].coefficient == 0.5
+    assert seen.candidates[0].branch_costs[_SPAN] == BranchCost(0.25, 0.125)
+    message.candidates[0].branch_costs[0].ClearField("step_milliseconds_per_size")
+    with pytest.raises(EsperError, match="absent and the budget counts time"):
+        wire.read_observation(message)
+    message.cost_terms[0].ClearField("step_milliseconds")
+    with pytest.raises(EsperError) as caught:
+        wire.read_observation(message)
+    assert caught.value.violations[0].field == "observation.cost_terms[0].step_milliseconds"
 
 
 _Spoil = Callable[[observation_pb2.Observation], object]

@@ -168,16 +168,60 @@ class TrainingConfig(Section):
 
 
 class BudgetConfig(Section):
-    """Exactly one limit may be set; the value is a multiple of the host's own cost."""
+    """Exactly one limit may be set: as a multiple of the host's own cost, or absolute."""
 
     flops: float | None = Field(default=None, gt=1.0, description="Final forward FLOPs, as a multiple of the host's.")
     parameters: float | None = Field(default=None, gt=1.0, description="Final parameters, as a multiple of the host's.")
+    latency: float | None = Field(
+        default=None,
+        gt=1.0,
+        description="Final time of a training step, as a multiple of the host's; measured before the first step.",
+    )
+    flops_absolute: float | None = Field(default=None, gt=0, description="Final forward FLOPs of one sample.")
+    parameters_absolute: float | None = Field(default=None, gt=0, description="Final parameters.")
+    latency_ms: float | None = Field(default=None, gt=0, description="Final time of a training step, milliseconds.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if (self.flops is None) == (self.parameters is None):
-            raise ValueError("set exactly one of flops and parameters")
+        named = self._set()
+        if len(named) != 1:
+            found = f"; here are {' and '.join(named)}" if named else ""
+            raise ValueError(f"set exactly one of {', '.join(type(self).model_fields)}{found} (null switches one off)")
         return self
+
+    def _set(self) -> list[str]:
+        return [name for name, value in self if value is not None]
+
+    @property
+    def key(self) -> str:
+        """The limit that is set."""
+        return self._set()[0]
+
+    @property
+    def kind(self) -> Literal["flops", "parameters", "latency"]:
+        """What it counts."""
+        if self.key.startswith("flops"):
+            return "flops"
+        return "latency" if self.key.startswith("latency") else "parameters"
+
+    @property
+    def multiple(self) -> float | None:
+        """The limit as a multiple of the host's cost; None if it is absolute."""
+        return next((value for value in (self.flops, self.parameters, self.latency) if value is not None), None)
+
+    @property
+    def absolute(self) -> float | None:
+        """The limit in FLOPs, parameters or milliseconds; None if it is a multiple."""
+        limits = (self.flops_absolute, self.parameters_absolute, self.latency_ms)
+        return next((value for value in limits if value is not None), None)
+
+    def __str__(self) -> str:
+        """In words, as part of a sentence."""
+        if self.multiple is None:
+            unit = {"flops": "FLOPs per sample", "parameters": "parameters", "latency": "ms per training step"}
+            return f"{self.absolute:,.12g} {unit[self.kind]}"
+        what = {"flops": "FLOPs", "parameters": "parameters", "latency": "time per training step"}
+        return f"{self.multiple:g} times the host's {what[self.kind]}"
 
 
 class EvaluationConfig(Section):

@@ -142,10 +142,10 @@ class Planner:
     def spending(self) -> str:
         """What the plan costs, in words."""
         observation = self.observation
-        unit = "FLOPs per image" if observation.budget_kind == "flops" else "parameters"
+        kind = observation.budget_kind
         return (
-            f"{self.cost:,.0f} of {observation.budget_limit:,.0f} {unit} in use after it, "
-            f"{self.target:,.0f} allowed by this decision ({observation.decisions_left} left)"
+            f"{kind.words(self.cost)} of {kind.words(observation.budget_limit)} {kind.unit} in use after it, "
+            f"{kind.words(self.target)} allowed by this decision ({observation.decisions_left} left)"
         )
 
 
@@ -182,8 +182,9 @@ def closed(observation: Observation) -> str | None:
             f"at {observation.progress:.0%}."
         )
     if observation.budget_current >= observation.budget_limit:
+        kind = observation.budget_kind
         return (
-            f"No adaptation: the budget is spent ({observation.budget_current:,.0f} of "
-            f"{observation.budget_limit:,.0f} {observation.budget_kind})."
+            f"No adaptation: the budget is spent ({kind.words(observation.budget_current)} of "
+            f"{kind.words(observation.budget_limit)} {kind.unit})."
         )
     return None

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from esper.common.v1 import common_pb2 as esper_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65sper/kasmina/v1/topology.proto\x12\x10\x65sper.kasmina.v1\x1a\x1c\x65sper/common/v1/common.proto\"\xd2\x02\n\x04Slot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.esper.common.v1.SlotKind\x12\r\n\x05width\x18\x03 \x01(\x03\x12-\n\tinterface\x18\x04 \x01(\x0b\x32\x1a.esper.common.v1.Interface\x12\x32\n\toccupancy\x18\x05 \x01(\x0e\x32\x1f.esper.kasmina.v1.SlotOccupancy\x12\x17\n\nfree_epoch\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x38\n\tpenalties\x18\x07 \x03(\x0b\x32%.esper.kasmina.v1.Slot.PenaltiesEntry\x12\r\n\x05seeds\x18\x08 \x03(\t\x1a\x30\n\x0ePenaltiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_free_epoch\"\xd5\x02\n\nSlotHealth\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\x03\x12\x1b\n\x0e\x65\x66\x66\x65\x63tive_rank\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12 \n\x13participation_ratio\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11utilization_ratio\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0f\x64\x65\x61\x64_unit_ratio\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1a\n\rgradient_norm\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07samples\x18\x08 \x01(\x03\x12\x19\n\x11unmeasured_reason\x18\t \x01(\tB\x11\n\x0f_effective_rankB\x16\n\x14_participation_ratioB\x14\n\x12_utilization_ratioB\x12\n\x10_dead_unit_ratioB\x10\n\x0e_gradient_norm\"<\n\x08\x43ostTerm\x12\r\n\x05\x66lops\x18\x01 \x01(\x01\x12\x12\n\nparameters\x18\x02 \x01(\x01\x12\r\n\x05slots\x18\x03 \x03(\t\"\x89\x02\n\x08Topology\x12\x0b\n\x03run\x18\x01 \x01(\t\x12%\n\x05slots\x18\x02 \x03(\x0b\x32\x16.esper.kasmina.v1.Slot\x12\x38\n\x07refused\x18\x03 \x03(\x0b\x32\'.esper.kasmina.v1.Topology.RefusedEntry\x12.\n\ncost_terms\x18\x04 \x03(\x0b\x32\x1a.esper.kasmina.v1.CostTerm\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\r\n\x05\x66lops\x18\x06 \x01(\x03\x12\x0c\n\x04step\x18\x07 \x01(\x03\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x9c\x01\n\rSlotOccupancy\x12\x1e\n\x1aSLOT_OCCUPANCY_UNSPECIFIED\x10\x00\x12\x17\n\x13SLOT_OCCUPANCY_FREE\x10\x01\x12\x1b\n\x17SLOT_OCCUPANCY_OCCUPIED\x10\x02\x12\x1a\n\x16SLOT_OCCUPANCY_EMBARGO\x10\x03\x12\x19\n\x15SLOT_OCCUPANCY_LOCKED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65sper/kasmina/v1/topology.proto\x12\x10\x65sper.kasmina.v1\x1a\x1c\x65sper/common/v1/common.proto\"\xd2\x02\n\x04Slot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.esper.common.v1.SlotKind\x12\r\n\x05width\x18\x03 \x01(\x03\x12-\n\tinterface\x18\x04 \x01(\x0b\x32\x1a.esper.common.v1.Interface\x12\x32\n\toccupancy\x18\x05 \x01(\x0e\x32\x1f.esper.kasmina.v1.SlotOccupancy\x12\x17\n\nfree_epoch\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x38\n\tpenalties\x18\x07 \x03(\x0b\x32%.esper.kasmina.v1.Slot.PenaltiesEntry\x12\r\n\x05seeds\x18\x08 \x03(\t\x1a\x30\n\x0ePenaltiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_free_epoch\"\xd5\x02\n\nSlotHealth\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\x03\x12\x1b\n\x0e\x65\x66\x66\x65\x63tive_rank\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12 \n\x13participation_ratio\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11utilization_ratio\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0f\x64\x65\x61\x64_unit_ratio\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1a\n\rgradient_norm\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07samples\x18\x08 \x01(\x03\x12\x19\n\x11unmeasured_reason\x18\t \x01(\tB\x11\n\x0f_effective_rankB\x16\n\x14_participation_ratioB\x14\n\x12_utilization_ratioB\x12\n\x10_dead_unit_ratioB\x10\n\x0e_gradient_norm\"r\n\x08\x43ostTerm\x12\r\n\x05\x66lops\x18\x01 \x01(\x01\x12\x12\n\nparameters\x18\x02 \x01(\x01\x12\r\n\x05slots\x18\x03 \x03(\t\x12\x1e\n\x11step_milliseconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_step_milliseconds\"\x89\x02\n\x08Topology\x12\x0b\n\x03run\x18\x01 \x01(\t\x12%\n\x05slots\x18\x02 \x03(\x0b\x32\x16.esper.kasmina.v1.Slot\x12\x38\n\x07refused\x18\x03 \x03(\x0b\x32\'.esper.kasmina.v1.Topology.RefusedEntry\x12.\n\ncost_terms\x18\x04 \x03(\x0b\x32\x1a.esper.kasmina.v1.CostTerm\x12\x12\n\nparameters\x18\x05 \x01(\x03\x12\r\n\x05\x66lops\x18\x06 \x01(\x03\x12\x0c\n\x04step\x18\x07 \x01(\x03\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x9c\x01\n\rSlotOccupancy\x12\x1e\n\x1aSLOT_OCCUPANCY_UNSPECIFIED\x10\x00\x12\x17\n\x13SLOT_OCCUPANCY_FREE\x10\x01\x12\x1b\n\x17SLOT_OCCUPANCY_OCCUPIED\x10\x02\x12\x1a\n\x16SLOT_OCCUPANCY_EMBARGO\x10\x03\x12\x19\n\x15SLOT_OCCUPANCY_LOCKED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOT_PENALTIESENTRY']._serialized_options = b'8\001'
   _globals['_TOPOLOGY_REFUSEDENTRY']._loaded_options = None
   _globals['_TOPOLOGY_REFUSEDENTRY']._serialized_options = b'8\001'
-  _globals['_SLOTOCCUPANCY']._serialized_start=1099
-  _globals['_SLOTOCCUPANCY']._serialized_end=1255
+  _globals['_SLOTOCCUPANCY']._serialized_start=1153
+  _globals['_SLOTOCCUPANCY']._serialized_end=1309
   _globals['_SLOT']._serialized_start=84
   _globals['_SLOT']._serialized_end=422
   _globals['_SLOT_PENALTIESENTRY']._serialized_start=359
@@ -45,9 +45,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOTHEALTH']._serialized_start=425
   _globals['_SLOTHEALTH']._serialized_end=766
   _globals['_COSTTERM']._serialized_start=768
-  _globals['_COSTTERM']._serialized_end=828
-  _globals['_TOPOLOGY']._serialized_start=831
-  _globals['_TOPOLOGY']._serialized_end=1096
-  _globals['_TOPOLOGY_REFUSEDENTRY']._serialized_start=1050
-  _globals['_TOPOLOGY_REFUSEDENTRY']._serialized_end=1096
+  _globals['_COSTTERM']._serialized_end=882
+  _globals['_TOPOLOGY']._serialized_start=885
+  _globals['_TOPOLOGY']._serialized_end=1150
+  _globals['_TOPOLOGY_REFUSEDENTRY']._serialized_start=1104
+  _globals['_TOPOLOGY_REFUSEDENTRY']._serialized_end=1150
 # @@protoc_insertion_point(module_scope)

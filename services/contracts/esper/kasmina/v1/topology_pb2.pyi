@@ -214,10 +214,13 @@ class CostTerm(_message.Message):
     FLOPS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    STEP_MILLISECONDS_FIELD_NUMBER: _builtins.int
     flops: _builtins.float
     """Forward FLOPs per sample per unit of the product."""
     parameters: _builtins.float
     """Parameters per unit of the product."""
+    step_milliseconds: _builtins.float
+    """Milliseconds of a training step per unit of the product; absent unless the run's budget counts time."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Slots whose widths are multiplied; a slot may occur twice; empty for a fixed cost."""
@@ -228,12 +231,15 @@ class CostTerm(_message.Message):
         flops: _builtins.float = ...,
         parameters: _builtins.float = ...,
         slots: _abc.Iterable[_builtins.str] | None = ...,
+        step_milliseconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_milliseconds", b"_step_milliseconds", "step_milliseconds", b"step_milliseconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops", b"flops", "parameters", b"parameters", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_milliseconds", b"_step_milliseconds", "flops", b"flops", "parameters", b"parameters", "slots", b"slots", "step_milliseconds", b"step_milliseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step_milliseconds: _TypeAlias = _typing.Literal["step_milliseconds"]  # noqa: Y015
+    _WhichOneofArgType__step_milliseconds: _TypeAlias = _typing.Literal["_step_milliseconds", b"_step_milliseconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_milliseconds) -> _WhichOneofReturnType__step_milliseconds | None: ...
 
 Global___CostTerm: _TypeAlias = CostTerm  # noqa: Y015
 

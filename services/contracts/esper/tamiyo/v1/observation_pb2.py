@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from esper.kasmina.v1 import topology_pb2 as esper_dot_kasmina_dot_v1_dot_topology__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!esper/tamiyo/v1/observation.proto\x12\x0f\x65sper.tamiyo.v1\x1a\x1f\x65sper/kasmina/v1/topology.proto\"\xb8\x04\n\x0bObservation\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x16\n\x0eprogress_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12window_start_ratio\x18\x05 \x01(\x01\x12\x18\n\x10window_end_ratio\x18\x06 \x01(\x01\x12\x16\n\x0e\x64\x65\x63isions_left\x18\x07 \x01(\x05\x12\'\n\x06\x62udget\x18\x08 \x01(\x0b\x32\x17.esper.tamiyo.v1.Budget\x12%\n\x05slots\x18\t \x03(\x0b\x32\x16.esper.kasmina.v1.Slot\x12,\n\x06health\x18\n \x03(\x0b\x32\x1c.esper.kasmina.v1.SlotHealth\x12.\n\ncost_terms\x18\x0b \x03(\x0b\x32\x1a.esper.kasmina.v1.CostTerm\x12.\n\ncandidates\x18\x0c \x03(\x0b\x32\x1a.esper.tamiyo.v1.Candidate\x12\x12\n\nmax_factor\x18\r \x01(\x01\x12#\n\x1bvalidation_accuracy_percent\x18\x0e \x03(\x01\x12\x0c\n\x04seed\x18\x0f \x01(\x04\x12\x41\n\x0bhost_widths\x18\x10 \x03(\x0b\x32,.esper.tamiyo.v1.Observation.HostWidthsEntry\x1a\x31\n\x0fHostWidthsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"S\n\x06\x42udget\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.esper.tamiyo.v1.BudgetKind\x12\r\n\x05limit\x18\x02 \x01(\x01\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x01\"p\n\tCandidate\x12\x11\n\tblueprint\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x03(\t\x12\x31\n\x0c\x62ranch_costs\x18\x04 \x03(\x0b\x32\x1b.esper.tamiyo.v1.BranchCost\"~\n\nBranchCost\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x13\n\x0b\x66lops_fixed\x18\x02 \x01(\x01\x12\x16\n\x0e\x66lops_per_size\x18\x03 \x01(\x01\x12\x18\n\x10parameters_fixed\x18\x04 \x01(\x01\x12\x1b\n\x13parameters_per_size\x18\x05 \x01(\x01*\\\n\nBudgetKind\x12\x1b\n\x17\x42UDGET_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UDGET_KIND_FLOPS\x10\x01\x12\x1a\n\x16\x42UDGET_KIND_PARAMETERS\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!esper/tamiyo/v1/observation.proto\x12\x0f\x65sper.tamiyo.v1\x1a\x1f\x65sper/kasmina/v1/topology.proto\"\xb8\x04\n\x0bObservation\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x16\n\x0eprogress_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12window_start_ratio\x18\x05 \x01(\x01\x12\x18\n\x10window_end_ratio\x18\x06 \x01(\x01\x12\x16\n\x0e\x64\x65\x63isions_left\x18\x07 \x01(\x05\x12\'\n\x06\x62udget\x18\x08 \x01(\x0b\x32\x17.esper.tamiyo.v1.Budget\x12%\n\x05slots\x18\t \x03(\x0b\x32\x16.esper.kasmina.v1.Slot\x12,\n\x06health\x18\n \x03(\x0b\x32\x1c.esper.kasmina.v1.SlotHealth\x12.\n\ncost_terms\x18\x0b \x03(\x0b\x32\x1a.esper.kasmina.v1.CostTerm\x12.\n\ncandidates\x18\x0c \x03(\x0b\x32\x1a.esper.tamiyo.v1.Candidate\x12\x12\n\nmax_factor\x18\r \x01(\x01\x12#\n\x1bvalidation_accuracy_percent\x18\x0e \x03(\x01\x12\x0c\n\x04seed\x18\x0f \x01(\x04\x12\x41\n\x0bhost_widths\x18\x10 \x03(\x0b\x32,.esper.tamiyo.v1.Observation.HostWidthsEntry\x1a\x31\n\x0fHostWidthsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"S\n\x06\x42udget\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.esper.tamiyo.v1.BudgetKind\x12\r\n\x05limit\x18\x02 \x01(\x01\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x01\"p\n\tCandidate\x12\x11\n\tblueprint\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x03(\t\x12\x31\n\x0c\x62ranch_costs\x18\x04 \x03(\x0b\x32\x1b.esper.tamiyo.v1.BranchCost\"\x88\x02\n\nBranchCost\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x13\n\x0b\x66lops_fixed\x18\x02 \x01(\x01\x12\x16\n\x0e\x66lops_per_size\x18\x03 \x01(\x01\x12\x18\n\x10parameters_fixed\x18\x04 \x01(\x01\x12\x1b\n\x13parameters_per_size\x18\x05 \x01(\x01\x12$\n\x17step_milliseconds_fixed\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\'\n\x1astep_milliseconds_per_size\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\x1a\n\x18_step_milliseconds_fixedB\x1d\n\x1b_step_milliseconds_per_size*u\n\nBudgetKind\x12\x1b\n\x17\x42UDGET_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UDGET_KIND_FLOPS\x10\x01\x12\x1a\n\x16\x42UDGET_KIND_PARAMETERS\x10\x02\x12\x17\n\x13\x42UDGET_KIND_LATENCY\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OBSERVATION_HOSTWIDTHSENTRY']._loaded_options = None
   _globals['_OBSERVATION_HOSTWIDTHSENTRY']._serialized_options = b'8\001'
-  _globals['_BUDGETKIND']._serialized_start=985
-  _globals['_BUDGETKIND']._serialized_end=1077
+  _globals['_BUDGETKIND']._serialized_start=1124
+  _globals['_BUDGETKIND']._serialized_end=1241
   _globals['_OBSERVATION']._serialized_start=88
   _globals['_OBSERVATION']._serialized_end=656
   _globals['_OBSERVATION_HOSTWIDTHSENTRY']._serialized_start=607
@@ -44,6 +44,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUDGET']._serialized_end=741
   _globals['_CANDIDATE']._serialized_start=743
   _globals['_CANDIDATE']._serialized_end=855
-  _globals['_BRANCHCOST']._serialized_start=857
-  _globals['_BRANCHCOST']._serialized_end=983
+  _globals['_BRANCHCOST']._serialized_start=858
+  _globals['_BRANCHCOST']._serialized_end=1122
 # @@protoc_insertion_point(module_scope)

@@ -32,6 +32,8 @@ class _BudgetKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BudgetKind
     """Forward FLOPs per sample."""
     BUDGET_KIND_PARAMETERS: _BudgetKind.ValueType  # 2
     """Parameters."""
+    BUDGET_KIND_LATENCY: _BudgetKind.ValueType  # 3
+    """Milliseconds of one training step, by rates measured on the run's device before its first step."""
 
 class BudgetKind(_BudgetKind, metaclass=_BudgetKindEnumTypeWrapper):
     """What a budget counts."""
@@ -42,6 +44,8 @@ BUDGET_KIND_FLOPS: BudgetKind.ValueType  # 1
 """Forward FLOPs per sample."""
 BUDGET_KIND_PARAMETERS: BudgetKind.ValueType  # 2
 """Parameters."""
+BUDGET_KIND_LATENCY: BudgetKind.ValueType  # 3
+"""Milliseconds of one training step, by rates measured on the run's device before its first step."""
 Global___BudgetKind: _TypeAlias = BudgetKind  # noqa: Y015
 
 @_typing.final
@@ -239,6 +243,8 @@ class BranchCost(_message.Message):
     FLOPS_PER_SIZE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIXED_FIELD_NUMBER: _builtins.int
     PARAMETERS_PER_SIZE_FIELD_NUMBER: _builtins.int
+    STEP_MILLISECONDS_FIXED_FIELD_NUMBER: _builtins.int
+    STEP_MILLISECONDS_PER_SIZE_FIELD_NUMBER: _builtins.int
     slot: _builtins.str
     """Required. "runs/{r}/slots/{slot}"."""
     flops_fixed: _builtins.float
@@ -249,6 +255,10 @@ class BranchCost(_message.Message):
     """Parameters whatever the size."""
     parameters_per_size: _builtins.float
     """Parameters per unit of size."""
+    step_milliseconds_fixed: _builtins.float
+    """Milliseconds of a training step whatever the size; absent unless the run's budget counts time."""
+    step_milliseconds_per_size: _builtins.float
+    """Milliseconds of a training step per unit of size; absent unless the run's budget counts time."""
     def __init__(
         self,
         *,
@@ -257,11 +267,20 @@ class BranchCost(_message.Message):
         flops_per_size: _builtins.float = ...,
         parameters_fixed: _builtins.float = ...,
         parameters_per_size: _builtins.float = ...,
+        step_milliseconds_fixed: _builtins.float | None = ...,
+        step_milliseconds_per_size: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_milliseconds_fixed", b"_step_milliseconds_fixed", "_step_milliseconds_per_size", b"_step_milliseconds_per_size", "step_milliseconds_fixed", b"step_milliseconds_fixed", "step_milliseconds_per_size", b"step_milliseconds_per_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_fixed", b"flops_fixed", "flops_per_size", b"flops_per_size", "parameters_fixed", b"parameters_fixed", "parameters_per_size", b"parameters_per_size", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_milliseconds_fixed", b"_step_milliseconds_fixed", "_step_milliseconds_per_size", b"_step_milliseconds_per_size", "flops_fixed", b"flops_fixed", "flops_per_size", b"flops_per_size", "parameters_fixed", b"parameters_fixed", "parameters_per_size", b"parameters_per_size", "slot", b"slot", "step_milliseconds_fixed", b"step_milliseconds_fixed", "step_milliseconds_per_size", b"step_milliseconds_per_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step_milliseconds_fixed: _TypeAlias = _typing.Literal["step_milliseconds_fixed"]  # noqa: Y015
+    _WhichOneofArgType__step_milliseconds_fixed: _TypeAlias = _typing.Literal["_step_milliseconds_fixed", b"_step_milliseconds_fixed"]  # noqa: Y015
+    _WhichOneofReturnType__step_milliseconds_per_size: _TypeAlias = _typing.Literal["step_milliseconds_per_size"]  # noqa: Y015
+    _WhichOneofArgType__step_milliseconds_per_size: _TypeAlias = _typing.Literal["_step_milliseconds_per_size", b"_step_milliseconds_per_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_milliseconds_fixed) -> _WhichOneofReturnType__step_milliseconds_fixed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_milliseconds_per_size) -> _WhichOneofReturnType__step_milliseconds_per_size | None: ...
 
 Global___BranchCost: _TypeAlias = BranchCost  # noqa: Y015

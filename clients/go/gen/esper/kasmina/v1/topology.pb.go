@@ -321,9 +321,11 @@ type CostTerm struct {
 	// Parameters per unit of the product.
 	Parameters float64 `protobuf:"fixed64,2,opt,name=parameters,proto3" json:"parameters,omitempty"`
 	// Slots whose widths are multiplied; a slot may occur twice; empty for a fixed cost.
-	Slots         []string `protobuf:"bytes,3,rep,name=slots,proto3" json:"slots,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Slots []string `protobuf:"bytes,3,rep,name=slots,proto3" json:"slots,omitempty"`
+	// Milliseconds of a training step per unit of the product; absent unless the run's budget counts time.
+	StepMilliseconds *float64 `protobuf:"fixed64,4,opt,name=step_milliseconds,json=stepMilliseconds,proto3,oneof" json:"step_milliseconds,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *CostTerm) Reset() {
@@ -375,6 +377,13 @@ func (x *CostTerm) GetSlots() []string {
 		return x.Slots
 	}
 	return nil
+}
+
+func (x *CostTerm) GetStepMilliseconds() float64 {
+	if x != nil && x.StepMilliseconds != nil {
+		return *x.StepMilliseconds
+	}
+	return 0
 }
 
 // The network of a run as Kasmina sees it.
@@ -511,13 +520,15 @@ const file_esper_kasmina_v1_topology_proto_rawDesc = "" +
 	"\x14_participation_ratioB\x14\n" +
 	"\x12_utilization_ratioB\x12\n" +
 	"\x10_dead_unit_ratioB\x10\n" +
-	"\x0e_gradient_norm\"V\n" +
+	"\x0e_gradient_norm\"\x9e\x01\n" +
 	"\bCostTerm\x12\x14\n" +
 	"\x05flops\x18\x01 \x01(\x01R\x05flops\x12\x1e\n" +
 	"\n" +
 	"parameters\x18\x02 \x01(\x01R\n" +
 	"parameters\x12\x14\n" +
-	"\x05slots\x18\x03 \x03(\tR\x05slots\"\xce\x02\n" +
+	"\x05slots\x18\x03 \x03(\tR\x05slots\x120\n" +
+	"\x11step_milliseconds\x18\x04 \x01(\x01H\x00R\x10stepMilliseconds\x88\x01\x01B\x14\n" +
+	"\x12_step_milliseconds\"\xce\x02\n" +
 	"\bTopology\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12,\n" +
 	"\x05slots\x18\x02 \x03(\v2\x16.esper.kasmina.v1.SlotR\x05slots\x12A\n" +
@@ -587,6 +598,7 @@ func file_esper_kasmina_v1_topology_proto_init() {
 	}
 	file_esper_kasmina_v1_topology_proto_msgTypes[0].OneofWrappers = []any{}
 	file_esper_kasmina_v1_topology_proto_msgTypes[1].OneofWrappers = []any{}
+	file_esper_kasmina_v1_topology_proto_msgTypes[2].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

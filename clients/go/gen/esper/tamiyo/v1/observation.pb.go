@@ -34,6 +34,8 @@ const (
 	BudgetKind_BUDGET_KIND_FLOPS BudgetKind = 1
 	// Parameters.
 	BudgetKind_BUDGET_KIND_PARAMETERS BudgetKind = 2
+	// Milliseconds of one training step, by rates measured on the run's device before its first step.
+	BudgetKind_BUDGET_KIND_LATENCY BudgetKind = 3
 )
 
 // Enum value maps for BudgetKind.
@@ -42,11 +44,13 @@ var (
 		0: "BUDGET_KIND_UNSPECIFIED",
 		1: "BUDGET_KIND_FLOPS",
 		2: "BUDGET_KIND_PARAMETERS",
+		3: "BUDGET_KIND_LATENCY",
 	}
 	BudgetKind_value = map[string]int32{
 		"BUDGET_KIND_UNSPECIFIED": 0,
 		"BUDGET_KIND_FLOPS":       1,
 		"BUDGET_KIND_PARAMETERS":  2,
+		"BUDGET_KIND_LATENCY":     3,
 	}
 )
 
@@ -408,8 +412,12 @@ type BranchCost struct {
 	ParametersFixed float64 `protobuf:"fixed64,4,opt,name=parameters_fixed,json=parametersFixed,proto3" json:"parameters_fixed,omitempty"`
 	// Parameters per unit of size.
 	ParametersPerSize float64 `protobuf:"fixed64,5,opt,name=parameters_per_size,json=parametersPerSize,proto3" json:"parameters_per_size,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Milliseconds of a training step whatever the size; absent unless the run's budget counts time.
+	StepMillisecondsFixed *float64 `protobuf:"fixed64,6,opt,name=step_milliseconds_fixed,json=stepMillisecondsFixed,proto3,oneof" json:"step_milliseconds_fixed,omitempty"`
+	// Milliseconds of a training step per unit of size; absent unless the run's budget counts time.
+	StepMillisecondsPerSize *float64 `protobuf:"fixed64,7,opt,name=step_milliseconds_per_size,json=stepMillisecondsPerSize,proto3,oneof" json:"step_milliseconds_per_size,omitempty"`
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
 }
 
 func (x *BranchCost) Reset() {
@@ -477,6 +485,20 @@ func (x *BranchCost) GetParametersPerSize() float64 {
 	return 0
 }
 
+func (x *BranchCost) GetStepMillisecondsFixed() float64 {
+	if x != nil && x.StepMillisecondsFixed != nil {
+		return *x.StepMillisecondsFixed
+	}
+	return 0
+}
+
+func (x *BranchCost) GetStepMillisecondsPerSize() float64 {
+	if x != nil && x.StepMillisecondsPerSize != nil {
+		return *x.StepMillisecondsPerSize
+	}
+	return 0
+}
+
 var File_esper_tamiyo_v1_observation_proto protoreflect.FileDescriptor
 
 const file_esper_tamiyo_v1_observation_proto_rawDesc = "" +
@@ -516,7 +538,7 @@ const file_esper_tamiyo_v1_observation_proto_rawDesc = "" +
 	"\tblueprint\x18\x01 \x01(\tR\tblueprint\x12\x16\n" +
 	"\x06family\x18\x02 \x01(\tR\x06family\x12\x14\n" +
 	"\x05slots\x18\x03 \x03(\tR\x05slots\x12>\n" +
-	"\fbranch_costs\x18\x04 \x03(\v2\x1b.esper.tamiyo.v1.BranchCostR\vbranchCosts\"\xc2\x01\n" +
+	"\fbranch_costs\x18\x04 \x03(\v2\x1b.esper.tamiyo.v1.BranchCostR\vbranchCosts\"\xfc\x02\n" +
 	"\n" +
 	"BranchCost\x12\x12\n" +
 	"\x04slot\x18\x01 \x01(\tR\x04slot\x12\x1f\n" +
@@ -524,12 +546,17 @@ const file_esper_tamiyo_v1_observation_proto_rawDesc = "" +
 	"flopsFixed\x12$\n" +
 	"\x0eflops_per_size\x18\x03 \x01(\x01R\fflopsPerSize\x12)\n" +
 	"\x10parameters_fixed\x18\x04 \x01(\x01R\x0fparametersFixed\x12.\n" +
-	"\x13parameters_per_size\x18\x05 \x01(\x01R\x11parametersPerSize*\\\n" +
+	"\x13parameters_per_size\x18\x05 \x01(\x01R\x11parametersPerSize\x12;\n" +
+	"\x17step_milliseconds_fixed\x18\x06 \x01(\x01H\x00R\x15stepMillisecondsFixed\x88\x01\x01\x12@\n" +
+	"\x1astep_milliseconds_per_size\x18\a \x01(\x01H\x01R\x17stepMillisecondsPerSize\x88\x01\x01B\x1a\n" +
+	"\x18_step_milliseconds_fixedB\x1d\n" +
+	"\x1b_step_milliseconds_per_size*u\n" +
 	"\n" +
 	"BudgetKind\x12\x1b\n" +
 	"\x17BUDGET_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11BUDGET_KIND_FLOPS\x10\x01\x12\x1a\n" +
-	"\x16BUDGET_KIND_PARAMETERS\x10\x02B\xb4\x01\n" +
+	"\x16BUDGET_KIND_PARAMETERS\x10\x02\x12\x17\n" +
+	"\x13BUDGET_KIND_LATENCY\x10\x03B\xb4\x01\n" +
 	"\x13com.esper.tamiyo.v1B\x10ObservationProtoP\x01Z-esper.dev/client/gen/esper/tamiyo/v1;tamiyov1\xa2\x02\x03ETX\xaa\x02\x0fEsper.Tamiyo.V1\xca\x02\x0fEsper\\Tamiyo\\V1\xe2\x02\x1bEsper\\Tamiyo\\V1\\GPBMetadata\xea\x02\x11Esper::Tamiyo::V1b\x06proto3"
 
 var (
@@ -578,6 +605,7 @@ func file_esper_tamiyo_v1_observation_proto_init() {
 	if File_esper_tamiyo_v1_observation_proto != nil {
 		return
 	}
+	file_esper_tamiyo_v1_observation_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -621,6 +621,11 @@ class CostTerm(betterproto2.Message):
     Slots whose widths are multiplied; a slot may occur twice; empty for a fixed cost.
     """
 
+    step_milliseconds: "float | None" = betterproto2.field(4, betterproto2.TYPE_DOUBLE, optional=True)
+    """
+    Milliseconds of a training step per unit of the product; absent unless the run's budget counts time.
+    """
+
 
 default_message_pool.register_message("esper.kasmina.v1", "CostTerm", CostTerm)
 

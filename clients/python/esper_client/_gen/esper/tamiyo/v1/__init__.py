@@ -78,12 +78,18 @@ class BudgetKind(betterproto2.Enum):
     Parameters.
     """
 
+    LATENCY = 3
+    """
+    Milliseconds of one training step, by rates measured on the run's device before its first step.
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
             0: "BUDGET_KIND_UNSPECIFIED",
             1: "BUDGET_KIND_FLOPS",
             2: "BUDGET_KIND_PARAMETERS",
+            3: "BUDGET_KIND_LATENCY",
         }
 
     @classmethod
@@ -92,6 +98,7 @@ class BudgetKind(betterproto2.Enum):
             "BUDGET_KIND_UNSPECIFIED": 0,
             "BUDGET_KIND_FLOPS": 1,
             "BUDGET_KIND_PARAMETERS": 2,
+            "BUDGET_KIND_LATENCY": 3,
         }
 
 
@@ -164,6 +171,16 @@ class BranchCost(betterproto2.Message):
     parameters_per_size: "float" = betterproto2.field(5, betterproto2.TYPE_DOUBLE)
     """
     Parameters per unit of size.
+    """
+
+    step_milliseconds_fixed: "float | None" = betterproto2.field(6, betterproto2.TYPE_DOUBLE, optional=True)
+    """
+    Milliseconds of a training step whatever the size; absent unless the run's budget counts time.
+    """
+
+    step_milliseconds_per_size: "float | None" = betterproto2.field(7, betterproto2.TYPE_DOUBLE, optional=True)
+    """
+    Milliseconds of a training step per unit of size; absent unless the run's budget counts time.
     """
 
 
