@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -138,6 +138,7 @@ class Supervisor:
 
     ``program`` says how a service is started (the chassis's arguments follow it); ``on_event`` is called in the loop
     with each :class:`Event`. The configuration that the services get is ``config_file``, by default the run folder's.
+    ``services`` are those of :data:`NEEDS` that the job needs: all of them, or none.
     """
 
     def __init__(
@@ -148,10 +149,11 @@ class Supervisor:
         config_file: Path | None = None,
         on_event: Callable[[Event], None] | None = None,
         program: Callable[[str], Sequence[str]] = _program,
+        services: Collection[str] = tuple(NEEDS),
     ) -> None:
         self.run_dir: Final = run_dir
         #: What is known of each service now.
-        self.services: Final = {name: ServiceStatus(name) for name in NEEDS}
+        self.services: Final = {name: ServiceStatus(name) for name in services}
         #: Restarts of the job.
         self.job_restarts = 0
         #: All that happened, oldest first; bounded by the restarts allowed.
@@ -214,7 +216,7 @@ class Supervisor:
     async def _start_services(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for name in NEEDS:
+                for name in self.services:
                     group.create_task(self._first_start(name))
         except ExceptionGroup as failures:
             # The first to fail has ended the others; one clear reason is better than a tree of them.

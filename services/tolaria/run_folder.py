@@ -3,7 +3,8 @@
 Format version 1: ``config.yaml`` (effective), ``format.json``, ``addresses.json``, ``journal.jsonl``,
 ``metrics.jsonl``, ``events.jsonl``, ``decisions.jsonl``, ``lineage.json``, ``summary.json``, ``report.html``,
 ``mesh.json`` (services, restarts, start-up), ``checkpoints/``, ``export/``, ``logs/``, ``traces/`` and, unless the
-configuration keeps it elsewhere, ``state/`` of the services.
+configuration keeps it elsewhere, ``state/`` of the services. ``format.json`` says whether it is a run or a diagnosis,
+which has ``diagnosis.json`` in place of the summary and cannot be resumed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from services.chassis.config.loader import dump, load_config
 from services.chassis.config.schema import EsperConfig
@@ -28,6 +29,8 @@ _FORMAT: Final = "format.json"
 _CONFIG: Final = "config.yaml"
 _LOCK: Final = "run.lock"
 LATEST: Final = "latest"
+RUN: Final = "run"
+DIAGNOSIS: Final = "diagnosis"
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]+")
 _INNER: Final = ("logs", "traces", "checkpoints")
 
@@ -62,8 +65,10 @@ class RunFolder:
         return self.path.name
 
     @classmethod
-    def create(cls, config: EsperConfig, *, stem: str) -> Self:
+    def create(cls, config: EsperConfig, *, stem: str, kind: str = RUN) -> Self:
         """A new folder under ``run.output_dir``; ``stem`` begins its name where the configuration names none.
+
+        ``kind`` is :data:`RUN` or :data:`DIAGNOSIS`.
 
         Raises:
             EsperError: RUN_FOLDER_INVALID when a run of this name exists; STORAGE_FULL, STORAGE_FAILED.
@@ -81,7 +86,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise storage_error(path, error) from error
-        write_atomically(path / _FORMAT, json.dumps({"format_version": FORMAT_VERSION}) + "\n")
+        write_atomically(path / _FORMAT, json.dumps({"format_version": FORMAT_VERSION, "kind": kind}) + "\n")
         write_atomically(path / _CONFIG, dump(config), mode=0o600)  # database URLs hold passwords
         return cls(path)
 
@@ -93,13 +98,18 @@ class RunFolder:
             EsperError: RUN_FOLDER_INVALID, RUN_LOCKED.
         """
         path = path.resolve()  # "latest" is a link
-        try:
-            version = json.loads((path / _FORMAT).read_text(encoding="utf-8"))["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EsperError(f"{path}: it is no run folder", reason=Reason.RUN_FOLDER_INVALID) from error
+        content = _read_format(path)
+        version = content.get("format_version")
+        if version is None:
+            raise EsperError(f"{path}: it is no run folder", reason=Reason.RUN_FOLDER_INVALID)
         if version != FORMAT_VERSION:
             raise EsperError(
                 f"{path}: format version {version}, this Esper reads {FORMAT_VERSION}; use the one it is of",
+                reason=Reason.RUN_FOLDER_INVALID,
+            )
+        if content.get("kind") == DIAGNOSIS:
+            raise EsperError(
+                f"{path}: it is a diagnosis, which is not resumed; run train.py --diagnose again",
                 reason=Reason.RUN_FOLDER_INVALID,
             )
         return cls(path)
@@ -114,10 +124,11 @@ class RunFolder:
         if run:
             path = Path(run)
             return cls.open(path if path.is_dir() else output_dir / run)
-        runs = sorted(output_dir.glob(f"*/{_FORMAT}"), key=lambda file: file.stat().st_mtime_ns)
+        folders = sorted((file.parent for file in output_dir.glob(f"*/{_FORMAT}")), key=_made)
+        runs = [folder for folder in folders if _read_format(folder).get("kind") != DIAGNOSIS]
         if not runs:
             raise EsperError(f"{output_dir}: there is no run to resume", reason=Reason.RUN_FOLDER_INVALID)
-        return cls.open(runs[-1].parent)
+        return cls.open(runs[-1])
 
     def config(self) -> EsperConfig:
         """The effective configuration the run was started with.
@@ -130,6 +141,19 @@ class RunFolder:
     def close(self) -> None:
         """Let go of the run."""
         os.close(self._lock)
+
+
+def _made(folder: Path) -> int:
+    return (folder / _FORMAT).stat().st_mtime_ns
+
+
+def _read_format(folder: Path) -> dict[str, Any]:
+    """What a folder says it is; empty for one that is none of ours."""
+    try:
+        content = json.loads((folder / _FORMAT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def point_latest(path: Path) -> None:

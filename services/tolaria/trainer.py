@@ -230,6 +230,13 @@ class TolariaTrainer:
         CheckpointError.
         """
         started = time.perf_counter()
+        self.learn()
+        links = [link_to(self._run_trace)]
+        with self.telemetry.span("finish", {"esper.arm": self.arm}, parent=ROOT, links=links):
+            return self._finish(started)
+
+    def learn(self) -> None:
+        """Train to the end of the schedule; the test set stays locked. Raises as :meth:`train` does."""
         torch.manual_seed(derive(self.config.run.seed, "training"))
         with self.telemetry.span("run", {"esper.run_id": self.run, "esper.arm": self.arm}, parent=ROOT):
             # A span as long as a run would be lost in a crash: this one only gives the others something to link to.
@@ -247,9 +254,6 @@ class TolariaTrainer:
             self._safe_point()
         while self.step < self.total_steps:
             self._train_epoch()
-        links = [link_to(self._run_trace)]
-        with self.telemetry.span("finish", {"esper.arm": self.arm}, parent=ROOT, links=links):
-            return self._finish(started)
 
     @property
     def epoch(self) -> int:
@@ -409,15 +413,18 @@ class TolariaTrainer:
         return min(start, first), max(end, last)
 
     def _measure_health(self, epoch: int) -> None:
+        batches = self.health_batches()
+        with self.telemetry.span("measure health", {"esper.samples": sum(len(batch) for batch in batches)}):
+            self.health = self.engine.measure_health(batches)
+        self.account.bill_health(self.health.flops)
+        self.reporter.measured(self.health, epoch)
+
+    def health_batches(self) -> list[Tensor]:
+        """The training images that layers are looked at on, normalized: as many as the widest needs, if there are."""
         samples = max(self.config.growth.health_samples, self.engine.health_samples_needed())
         size = self.config.data.evaluation_batch_size
         images = self.data.training.images[:samples]
-        with self.telemetry.span("measure health", {"esper.samples": len(images)}):
-            self.health = self.engine.measure_health(
-                [self.data.normalization(images[first : first + size]) for first in range(0, len(images), size)]
-            )
-        self.account.bill_health(self.health.flops)
-        self.reporter.measured(self.health, epoch)
+        return [self.data.normalization(images[first : first + size]) for first in range(0, len(images), size)]
 
     def _measure_contributions(self, groups: Sequence[Sequence[str]]) -> list[Contribution]:
         """The worth of each group of seeds: the same weights and images with all of it and with none of it."""

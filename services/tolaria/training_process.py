@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train one run. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m services.tolaria.training_process")
     parser.add_argument("--run-dir", type=Path, required=True, help="the run folder, with config.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    task.add_argument("--diagnose", action="store_true", help="train a little, without services, and look at the layers")
     arguments = parser.parse_args(argv)
     run_dir: Path = arguments.run_dir
     process.bind_to_parent(grace=_GRACE_SECONDS)
@@ -57,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(run_dir / "config.yaml", environ={}).config
         logs.setup("training", config.telemetry.log_level)
-        summary = _train(config, run_dir, progress, interrupt, resume=arguments.resume)
+        if arguments.diagnose:
+            summary = _diagnose(config, run_dir, progress, interrupt)
+        else:
+            summary = _train(config, run_dir, progress, interrupt, resume=arguments.resume)
     except TrainingInterruptedError as interruption:
         progress.write(StatusProgress(state="interrupted", message=str(interruption)))
         return 128 + received[0]
@@ -91,6 +96,20 @@ def _train(
         startup = {"torch": loaded - began, "data": prepared - loaded, "waited": time.perf_counter() - prepared}
         progress.write(StatusProgress(state="ready", message="the services are there", detail={"startup": startup}))
         return session.run()
+    finally:
+        tracer.shutdown()
+
+
+def _diagnose(
+    config: EsperConfig, run_dir: Path, progress: ProgressWriter, interrupt: Interrupt
+) -> dict[str, object]:
+    progress.write(StatusProgress(state="starting", message="loading torch and the data"))
+    # Not before the first message: this takes seconds.
+    from services.tolaria.diagnosis_session import diagnose
+
+    tracer = telemetry.setup("training", config.telemetry, run_dir, run_dir.name)
+    try:
+        return diagnose(config, run_dir, progress=progress, interrupt=interrupt, telemetry=tracer)
     finally:
         tracer.shutdown()
 

@@ -12,7 +12,7 @@ from services.chassis.config.errors import ConfigError
 from services.chassis.config.loader import load_config
 from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
-from services.tolaria.run_folder import FORMAT_VERSION, RunFolder
+from services.tolaria.run_folder import DIAGNOSIS, FORMAT_VERSION, RunFolder
 
 
 def config(output: Path, *overrides: str) -> EsperConfig:
@@ -29,7 +29,7 @@ def test_a_new_folder_holds_its_configuration(tmp_path: Path) -> None:
     assert folder.run_id.startswith("quick-start-")
     assert (folder.path / "config.yaml").stat().st_mode & 0o777 == 0o600
     assert folder.config() == wanted
-    assert json.loads((folder.path / "format.json").read_text()) == {"format_version": FORMAT_VERSION}
+    assert json.loads((folder.path / "format.json").read_text()) == {"format_version": FORMAT_VERSION, "kind": "run"}
     assert all((folder.path / inner).is_dir() for inner in ("logs", "traces", "checkpoints"))
     folder.close()
 
@@ -82,6 +82,19 @@ def test_what_is_no_run_folder(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "format.json").write_text(content)
     with pytest.raises(EsperError, match="no run folder") as error:
         RunFolder.open(tmp_path)
+    assert reason(error) is Reason.RUN_FOLDER_INVALID
+
+
+def test_a_diagnosis_is_not_resumed_and_never_the_newest_run(tmp_path: Path) -> None:
+    RunFolder.create(config(tmp_path, "run.name=mine"), stem="x").close()
+    diagnosis = RunFolder.create(config(tmp_path, "run.name=look"), stem="x", kind=DIAGNOSIS)
+    diagnosis.close()
+    os.utime(tmp_path / "mine" / "format.json", (1, 1))
+    found = RunFolder.find("", tmp_path)
+    assert found.run_id == "mine"
+    found.close()
+    with pytest.raises(EsperError, match="look: it is a diagnosis, which is not resumed; run train.py --diag") as error:
+        RunFolder.find("look", tmp_path)
     assert reason(error) is Reason.RUN_FOLDER_INVALID
 
 

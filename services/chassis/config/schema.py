@@ -340,6 +340,16 @@ class GovernorConfig(Section):
     )
 
 
+class DiagnoseConfig(Section):
+    """What train.py --diagnose does before it measures."""
+
+    epochs: int = Field(
+        default=5,
+        ge=0,
+        description="Epochs of training without growth, a schedule of their own; 0 measures model.weights as they are.",
+    )
+
+
 class TlsConfig(Section):
     """Certificates of servers and clients (PEM files)."""
 
@@ -535,6 +545,7 @@ class EsperConfig(Section):
     growth: GrowthConfig = GrowthConfig()
     governor: GovernorConfig = GovernorConfig()
     export: ExportConfig = ExportConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
     compare: list[Literal["host", "bigger", "uniform"]] = Field(
         default_factory=list,
         description="Controls trained after the run: host (without growth; with model.weights: trained on), bigger "
