@@ -30,6 +30,7 @@ try:
     from services.chassis.config.errors import ConfigError
     from services.chassis.config.loader import LoadedConfig, load_config
     from services.chassis.errors import EsperError
+    from services.tolaria.diagnosis_launcher import diagnose
     from services.tolaria.launcher import (
         EXIT_USAGE,
         Options,
@@ -71,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     action.add_argument("--dry-run", action="store_true", help="check, print the effective configuration and the plan")
     action.add_argument("--check-services", action="store_true", help="start or dial every service, print how each is")
     action.add_argument("--services-only", action="store_true", help="run the mesh without training until Ctrl-C")
+    action.add_argument(
+        "--diagnose", action="store_true", help="what the model is short of: train a little, look at it"
+    )
     output = made.add_mutually_exclusive_group()
     output.add_argument("--verbose", action="store_true", help="plain lines, with all that happens to the mesh")
     output.add_argument("--quiet", action="store_true", help="only the result")
@@ -95,7 +99,10 @@ def load(arguments: argparse.Namespace) -> LoadedConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    usage = parser()
+    arguments = usage.parse_args(argv)
+    if arguments.diagnose and arguments.resume is not None:
+        usage.error("argument --diagnose: not allowed with argument --resume")
     output = "verbose" if arguments.verbose else "quiet" if arguments.quiet else "normal"
     options = Options(output=output, json=arguments.json, services_only=arguments.services_only)
     try:
@@ -104,12 +111,14 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(loaded, options)
         if arguments.check_services:
             return check_services(loaded.config, options)
+        stem = arguments.quick_start or (arguments.config.stem if arguments.config else "run")
+        if arguments.diagnose:
+            return diagnose(loaded, options, stem=stem)
         if arguments.resume is not None:
             folder = RunFolder.find(arguments.resume, loaded.config.run.output_dir.absolute())
             config = folder.config()
             refuse_changes(loaded, config)
         else:
-            stem = arguments.quick_start or (arguments.config.stem if arguments.config else "run")
             folder, config = RunFolder.create(loaded.config, stem=stem), loaded.config
         return train(folder, config, options, resume=arguments.resume is not None)
     except ConfigError as error:

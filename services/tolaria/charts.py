@@ -34,6 +34,15 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A bar from 0 to 100 % with a word to it, which is its CSS class too; ``value`` None was not measured."""
+
+    row: str
+    value: float | None
+    style: str
+
+
+@dataclass(frozen=True)
 class Range:
     """A value with its interval, in data units."""
 
@@ -118,6 +127,36 @@ def timeline(bars: Sequence[Bar], *, x_label: str) -> str:
         f'<text class="label" x="{(left + _WIDTH) / 2}" y="{total - 4}" text-anchor="middle">{escape(x_label)}</text>'
     )
     return f'<svg viewBox="0 0 {_WIDTH} {total}" role="img">{"".join(parts)}</svg>'
+
+
+def share_bars(shares: Sequence[Share], *, x_label: str) -> str:
+    """One bar per row, in their order, with its figure beside it; what was not measured says so."""
+    if not shares:
+        return '<p class="none">not measured</p>'
+    left, right, height = 150, _WIDTH - _RIGHT - 80, 26
+    base = _TOP + height * len(shares)
+    axis = _Axis(0, 1, left, right)
+    parts = [
+        f'<line class="grid" x1="{axis.at(tick):.1f}" x2="{axis.at(tick):.1f}" y1="{_TOP}" y2="{base}"/>'
+        f'<text class="tick" x="{axis.at(tick):.1f}" y="{base + 14}" text-anchor="middle">{tick:.0%}</text>'
+        for tick in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    for index, share in enumerate(shares):
+        y = _TOP + index * height
+        name = escape(share.row if len(share.row) <= 24 else f"...{share.row[-21:]}")
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 17}" text-anchor="end">{name}</text>')
+        end, told = left + 6.0, "not measured"
+        if share.value is not None:
+            width = max(axis.at(share.value) - left, 1.0)
+            box = f'x="{left}" y="{y + 4}" width="{width:.1f}" height="{height - 8}"'
+            parts.append(f'<rect class="bar {escape(share.style)}" {box} rx="2"/>')
+            end, told = left + width + 6.0, f"{share.value:.0%} {share.style}"
+        parts.append(f'<text class="tick" x="{end:.1f}" y="{y + 17}">{escape(told)}</text>')
+    parts.append(
+        f'<text class="label" x="{(left + right) / 2}" y="{base + _BOTTOM - 4}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    return f'<svg viewBox="0 0 {_WIDTH} {base + _BOTTOM}" role="img">{"".join(parts)}</svg>'
 
 
 class _Axis:

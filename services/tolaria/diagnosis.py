@@ -29,7 +29,7 @@ class Subject:
     Attributes:
         epochs: Epochs it was trained for before; 0: it came trained.
         validation_accuracy: Percent.
-        classes: Classes of its task.
+        chance: Score of guessing, percent.
         slots: Where it could change.
         terms: What it costs as a function of its widths.
         refused: Module path of what cannot change, with the reason.
@@ -40,7 +40,7 @@ class Subject:
 
     epochs: int
     validation_accuracy: float
-    classes: int
+    chance: float
     slots: Sequence[SlotInfo]
     terms: Sequence[CostTerm]
     refused: Mapping[str, str]
@@ -79,7 +79,7 @@ def assess(subject: Subject, *, max_factor: float) -> dict[str, Any]:
         },
         "cost": {"training_flops": subject.training_flops, "measuring_flops": subject.measuring_flops},
     }
-    return {**diagnosis, "cautions": cautions(diagnosis, subject.classes)}
+    return {**diagnosis, "cautions": cautions(diagnosis, subject.chance)}
 
 
 def nothing() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _layer(health: SlotHealth, slot: SlotInfo, suggested: int) -> dict[str, Any]
 
 
 def _judgment(width: int, suggested: int) -> str:
-    """``short``: others should give it channels; ``idle``: it could give some; ``fits``."""
+    """``short``: others should give it channels; ``idle``: it could give some; ``fits``: neither, notably."""
     if suggested >= width * _NOTABLE:
         return "short"
     return "idle" if suggested * _NOTABLE <= width else "fits"
@@ -136,14 +136,13 @@ def _tightest(layers: Sequence[Mapping[str, Any]], measure: str) -> str | None:
     return next((str(layer["layer"]) for layer in by_need(layers, measure)), None)
 
 
-def cautions(diagnosis: Mapping[str, Any], classes: int) -> list[str]:
-    """What in these very figures is a reason to trust them less."""
+def cautions(diagnosis: Mapping[str, Any], chance: float) -> list[str]:
+    """What in these very figures is a reason to trust them less; ``chance`` is the score of guessing, percent."""
     found = []
-    chance = 100.0 / classes
     accuracy, epochs = diagnosis["validation_accuracy"], diagnosis["epochs"]
     if accuracy < chance + _LEARNED * (100.0 - chance):
         found.append(
-            f"It has hardly begun to learn ({accuracy:.1f} % of the validation images where guessing gives "
+            f"It has hardly begun to learn ({accuracy:.1f} % on the validation split, where guessing gives "
             f"{chance:.1f} %): its ranks say little. Raise diagnose.epochs (now {epochs}) or the learning rate."
         )
     tightest, other = diagnosis["tightest"], diagnosis["tightest_by_participation"]
@@ -162,12 +161,17 @@ def cautions(diagnosis: Mapping[str, Any], classes: int) -> list[str]:
     return found
 
 
-#: What GROWTH's measurements of this rule show, and what they do not.
+#: What the judgments of layers mean.
+LEGEND: Final = "short, idle: at equal FLOPs this rule changes the width by a fifth or more; fits: by less."
+#: What is known of this rule by measurement, and what is not.
 TRUST: Final = (
     "This is a suggestion that was not tried: no network of these widths was trained.",
-    "On small networks on CIFAR-10, growing where this measure pointed came out at or near the best of the rules tried, "
-    "on a balanced host and on one with a starved layer. That measuring beats widening all layers alike, or the "
-    "narrowest first, is not shown; hosts where a narrow layer is not in need decide that, and nobody has run them.",
+    (
+        "On small networks on CIFAR-10, growing where this measure pointed came out at or near the best of the rules "
+        "tried, on a balanced host and on one with a starved layer. That measuring beats widening all layers alike, or "
+        "the narrowest first, is not shown; hosts where a narrow layer is not in need decide that, and nobody has run "
+        "them."
+    ),
     "A layer behind a narrow one can look idle because it is starved: widen the tightest first, then diagnose again.",
 )
 
@@ -180,7 +184,7 @@ def verdict(diagnosis: Mapping[str, Any]) -> str:
         reasons += [str(layer["unmeasured_reason"]) for layer in diagnosis["layers"]]
         return f"No layer could be measured: {reasons[0] if reasons else 'none of them has a width that could change'}."
     first = needs[0]
-    told = f"{first['layer']} is the tightest: {first['utilization']:.0%} of its {_channels(first['width'])} in use"
+    told = f"Layer {first['layer']} is the tightest: {first['utilization']:.0%} of its width of {first['width']} in use"
     if len(needs) > 1:
         told += f", then {needs[1]['layer']} with {needs[1]['utilization']:.0%} of {needs[1]['width']}"
     return told + "."
@@ -191,13 +195,9 @@ def suggestion(diagnosis: Mapping[str, Any]) -> str:
     changed = [layer for layer in diagnosis["layers"] if layer["suggested_width"] != layer["width"]]
     if not changed:
         return "At equal FLOPs this rule would leave all widths as they are."
-    moves = ", ".join(f"{layer['layer']} {layer['width']} to {layer['suggested_width']}" for layer in changed)
+    moves = ", ".join(f"{layer['layer']} ({layer['width']} to {layer['suggested_width']})" for layer in changed)
     flops, parameters = diagnosis["flops"], diagnosis["parameters"]
     return (
-        f"At equal FLOPs it would make {moves} ({flops['present']:,} to {flops['suggested']:,} FLOPs per sample, "
-        f"{parameters['present']:,} to {parameters['suggested']:,} parameters)."
+        f"At equal FLOPs this rule would change {moves}: {flops['present']:,} to {flops['suggested']:,} FLOPs per "
+        f"sample, {parameters['present']:,} to {parameters['suggested']:,} parameters."
     )
-
-
-def _channels(width: int) -> str:
-    return f"{width} channel" if width == 1 else f"{width} channels"

@@ -10,13 +10,13 @@ from typing import Any, Final
 
 # The first optimizer loads it; here, it is part of the start.
 import torch._dynamo  # noqa: F401  # imported for what it loads
+from torch import nn
 
 from services.chassis.config.schema import EsperConfig
 from services.chassis.telemetry import Telemetry
-from services.tolaria import device, models
+from services.tolaria import device, models, task
 from services.tolaria.data import splits
 from services.tolaria.diagnosis import Subject, assess
-from services.tolaria.evaluation import evaluate
 from services.tolaria.interrupt import Interrupt
 from services.tolaria.journal import Journal
 from services.tolaria.ports import OfflineMesh
@@ -44,19 +44,13 @@ def diagnose(
         progress.write(StatusProgress(state="training", message=message))
         trainer.learn()
     progress.write(StatusProgress(state="finishing", message="looking at its layers"))
-    engine, data = trainer.engine, trainer.data
-    found = evaluate(
-        trainer.model,
-        data.validation,
-        data.normalization,
-        batch_size=config.data.evaluation_batch_size,
-        flops_per_sample=engine.flops(),
-    )
+    engine = trainer.engine
+    found = trainer.judge()
     health = engine.measure_health(trainer.health_batches())
     subject = Subject(
         epochs=epochs,
         validation_accuracy=found.accuracy,
-        classes=data.classes,
+        chance=100.0 * trainer.objective.chance,
         slots=engine.slots(),
         terms=engine.cost_terms(),
         refused=engine.refused(),
@@ -71,15 +65,20 @@ def _trainer(
     config: EsperConfig, run_dir: Path, progress: ProgressWriter, interrupt: Interrupt, telemetry: Telemetry
 ) -> TolariaTrainer:
     where = device.choose(config.training)
-    data = splits.load(config.data, config.run.seed).to(where)
+    data = splits.load(config.data, config.run.seed, task.load(config.task)).to(where)
     mesh = OfflineMesh()
+
+    def build_host() -> nn.Module:
+        return models.build_host(config.model, data, config.run.seed)
+
+    data.check_task(build_host().to(where), config.data.batch_size)
     return TolariaTrainer(
         config=config,
         data=data,
         arm=ARM,
         run=run_dir.name,
         folder=run_dir,
-        build_host=lambda: models.build_host(config.model, data, config.run.seed),
+        build_host=build_host,
         grow=False,
         mesh=mesh,
         journal=Journal(run_dir / "journal.jsonl"),

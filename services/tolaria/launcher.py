@@ -70,6 +70,9 @@ class _Story:
 class Launcher:
     """One launch of one run. Use :func:`train`."""
 
+    #: What is said when it is interrupted.
+    STOPPING = "stopping: saving a checkpoint (again: stop now)"
+
     def __init__(self, folder: RunFolder, config: EsperConfig, options: Options, *, resume: bool) -> None:
         self._folder = folder
         self._config = config
@@ -83,7 +86,7 @@ class Launcher:
     async def run(self) -> int:
         """Everything; returns the exit code."""
         # Made here: a supervisor belongs to the running loop.
-        self._supervisor = Supervisor(self._config, self._folder.path, on_event=self._hear_mesh)
+        self._supervisor = self._make_supervisor()
         self._view = self._make_view()
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
@@ -103,6 +106,9 @@ class Launcher:
             return EXIT_DONE
         self._finish(status, code)
         return code
+
+    def _make_supervisor(self) -> Supervisor:
+        return Supervisor(self._config, self._folder.path, on_event=self._hear_mesh)
 
     async def _supervise(self) -> int:
         """Exit code of the training process; of the services alone 0."""
@@ -143,7 +149,7 @@ class Launcher:
         self._interrupted = self._interrupted or signal.Signals(number)
         self._supervisor.request_stop(now=again)
         if not self._options.services_only:
-            self._view.say("stopping now" if again else "stopping: saving a checkpoint (again: stop now)")
+            self._view.say("stopping now" if again else self.STOPPING)
 
     # ---- listening -------------------------------------------------------------------------------------------------
 
@@ -208,7 +214,7 @@ class Launcher:
 
     def _tell_addresses(self) -> None:
         if self._options.json:
-            _print_json({"run_dir": str(self._folder.path), "services": self._services()})
+            print_json({"run_dir": str(self._folder.path), "services": self._services()})
         for service in self._supervisor.services.values():
             self._view.say(f"{service.name:<9} grpcurl -plaintext {service.address} list")
         self._view.say("Ctrl-C ends them")
@@ -232,7 +238,7 @@ class Launcher:
         elif code == EXIT_FAILED:
             sys.stderr.write(f"train.py: training failed: {summary['reason']}\n")
         if self._options.json:
-            _print_json(summary)
+            print_json(summary)
 
     def _has_checkpoint(self) -> bool:
         return any(self._folder.path.glob("checkpoints/*/manifest.json"))
@@ -281,7 +287,8 @@ class Launcher:
         return {**known, "verdict": dataclasses.asdict(judge(known))}
 
 
-def _print_json(content: Mapping[str, Any]) -> None:
+def print_json(content: Mapping[str, Any]) -> None:
+    """The one line on standard output."""
     sys.stdout.write(json.dumps(content) + "\n")
     sys.stdout.flush()
 
@@ -402,7 +409,7 @@ def check_services(config: EsperConfig, options: Options) -> int:
 
 def _checked(status: str, reason: str, rows: Mapping[str, Any], options: Options) -> int:
     if options.json:
-        _print_json({"status": status, "reason": reason, "services": rows})
+        print_json({"status": status, "reason": reason, "services": rows})
     return EXIT_DONE if status == "succeeded" else EXIT_NO_SERVICE
 
 
@@ -424,7 +431,7 @@ def dry_run(loaded: LoadedConfig, options: Options) -> int:
     plan = plan_of(loaded.config)
     if options.json:
         effective = loaded.config.model_dump(mode="json")
-        _print_json({"config": effective, "provenance": dict(loaded.provenance), "plan": plan.splitlines()})
+        print_json({"config": effective, "provenance": dict(loaded.provenance), "plan": plan.splitlines()})
     else:
         sys.stdout.write(render_effective(loaded) + plan)
     return EXIT_DONE

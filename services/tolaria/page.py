@@ -34,6 +34,7 @@ svg { width: 100%; height: auto; } .line { fill: none; stroke-width: 2; } .grid 
 .key.s1::before { background: var(--c1); } .key.s2::before { background: var(--c2); }
 .key.s3::before { background: var(--c3); }
 .bar { fill: var(--dim); } .TRAINING { fill: #60a5fa; } .GRAFTING { fill: #f59e0b; } .STABILIZATION { fill: #a3a3a3; }
+.bar.short { fill: var(--bad); } .bar.fits { fill: var(--good); } .bar.idle { fill: var(--c0); }
 .EVALUATING { fill: #c084fc; } .FINE_TUNING { fill: #2dd4bf; } .FOSSILIZED { fill: #22c55e; } .CULLED { fill: #ef4444; }
 .GERMINATED, .LOADING { fill: #cbd5e1; } .CANCELLED, .ROLLED_BACK { fill: #9f1239; }
 .chip { color: #10141a; border-radius: 4px; padding: 1px 7px; font-size: 12px;

@@ -74,7 +74,7 @@ class Session:
         self._device = device.choose(config.training)
         self._data = splits.load(config.data, config.run.seed, task.load(config.task)).to(self._device)
         # Once, so that a wrong host or task is told of before anything is started; each arm builds its own host.
-        self._check_task(self._build_host())
+        self._data.check_task(self._build_host().to(self._device), config.data.batch_size)
         self._shelf = KernelShelf(
             run_dir / "kernels",
             KernelCache(config.growth.kernel_cache_bytes),
@@ -176,11 +176,6 @@ class Session:
         )
         self._keep(name, trainer)
         self._write_arms()
-
-    def _check_task(self, model: torch.nn.Module) -> None:
-        if self._data.task is not None:
-            few = self._data.training.select(torch.arange(min(self._config.data.batch_size, len(self._data.training))))
-            self._data.task.check(model.to(self._device), self._data.normalization(few.images), few.labels)
 
     def _build_host(self) -> torch.nn.Module:
         return models.build_host(self._config.model, self._data, self._config.run.seed)

@@ -293,7 +293,7 @@ class TolariaTrainer:
     def _start_trained(self) -> None:
         """Judge a host that was trained already; growth may begin before the first step."""
         with self.telemetry.span("validate"):
-            self.validation = self._evaluate()
+            self.validation = self.judge()
         self.account.validation_flops += self.validation.flops
         self.accuracies.append(self.validation.accuracy)
         self._bill_time()
@@ -372,7 +372,7 @@ class TolariaTrainer:
     def _end_epoch(self, epoch: int) -> None:
         """Validate, judge seeds, look at the slots, ask Tamiyo, save. ``epoch`` counts finished epochs."""
         with self.telemetry.span("validate"):
-            self.validation = self._evaluate()
+            self.validation = self.judge()
         self.account.validation_flops += self.validation.flops
         if (unstable := self.governor.observe_accuracy(self.validation.accuracy)) is not None:
             self._roll_back(unstable)
@@ -428,18 +428,19 @@ class TolariaTrainer:
 
     def _measure_contributions(self, groups: Sequence[Sequence[str]]) -> list[Contribution]:
         """The worth of each group of seeds: the same weights and images with all of it and with none of it."""
-        whole = self._evaluate()
+        whole = self.judge()
         self.account.bill_counterfactual(whole.flops)
         found: list[Contribution] = []
         for seeds in groups:
             span = self.telemetry.span("measure contribution", {"esper.seeds": list(seeds)})
             with span, self.engine.without(seeds):
-                without = self._evaluate()
+                without = self.judge()
             self.account.bill_counterfactual(without.flops)
             found.append(contribution(whole, without, self.config.growth.evaluation.confidence))
         return found
 
-    def _evaluate(self) -> Evaluation:
+    def judge(self) -> Evaluation:
+        """Score and losses of the network on the validation split, as it is now; who calls it bills it."""
         return evaluate(
             self.model,
             self.data.validation,
@@ -741,7 +742,7 @@ class TolariaTrainer:
         if self.grow:
             self.coordinator.finish(self.epoch, self.step, self._measure_contributions)
         self._bill_time(growth=True)
-        self.validation = self._evaluate()
+        self.validation = self.judge()
         self.test_set.unlock()
         self.test = evaluate(
             self.model,

@@ -1,4 +1,4 @@
-"""``python -m services.tolaria.training_process --run-dir DIR [--resume]``: the process that trains.
+"""The process that trains: ``python -m services.tolaria.training_process --run-dir DIR [--resume | --diagnose]``.
 
 It is no server: it hosts Tolaria's trainer and Kasmina's engine in the main thread and the clients of all services in
 one other. The launcher starts it with the services, so that torch is imported while they come up. Exit codes: 0 the run
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="the run folder, with config.yaml")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    task.add_argument("--diagnose", action="store_true", help="train a little, without services, and look at the layers")
+    task.add_argument(
+        "--diagnose", action="store_true", help="train a little, without services, and look at the layers"
+    )
     arguments = parser.parse_args(argv)
     run_dir: Path = arguments.run_dir
     process.bind_to_parent(grace=_GRACE_SECONDS)
@@ -100,9 +102,7 @@ def _train(
         tracer.shutdown()
 
 
-def _diagnose(
-    config: EsperConfig, run_dir: Path, progress: ProgressWriter, interrupt: Interrupt
-) -> dict[str, object]:
+def _diagnose(config: EsperConfig, run_dir: Path, progress: ProgressWriter, interrupt: Interrupt) -> dict[str, object]:
     progress.write(StatusProgress(state="starting", message="loading torch and the data"))
     # Not before the first message: this takes seconds.
     from services.tolaria.diagnosis_session import diagnose

@@ -93,7 +93,7 @@ def test_a_diagnosis_is_not_resumed_and_never_the_newest_run(tmp_path: Path) -> 
     found = RunFolder.find("", tmp_path)
     assert found.run_id == "mine"
     found.close()
-    with pytest.raises(EsperError, match="look: it is a diagnosis, which is not resumed; run train.py --diag") as error:
+    with pytest.raises(EsperError, match="look: it is a diagnosis, which is not resumed") as error:
         RunFolder.find("look", tmp_path)
     assert reason(error) is Reason.RUN_FOLDER_INVALID
 

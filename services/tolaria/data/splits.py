@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.chassis.config.schema import DataConfig
 from services.tolaria.data import cifar, digits
@@ -121,6 +121,12 @@ class DataSet:
             lambda: self.read_test().to(device),
             self.task,
         )
+
+    def check_task(self, model: nn.Module, samples: int) -> None:
+        """Try the user's task, if there is one, on ``model`` and the first ``samples`` images. Raises FactoryError."""
+        if self.task is not None:
+            few = self.training.select(torch.arange(min(samples, len(self.training))))
+            self.task.check(model, self.normalization(few.images), few.labels)
 
     def locked_test_set(self) -> LockedTestSet:
         """A fresh lock: each arm of a comparison touches the test set once."""
