@@ -16,6 +16,7 @@ from services.kasmina.engine import GrowthEngine
 from services.tolaria import models
 from services.tolaria.data import splits
 from services.tolaria.diagnosis import nothing
+from tests.infrastructure.documented import differences, documented, fields
 from tests.integration.test_main_entrypoint import Ended, running, train
 from tests.integration.trainer_harness import config_of
 
@@ -86,6 +87,11 @@ def test_the_starved_layer_is_the_tightest_and_gets_more_at_equal_flops(starved:
     assert told["validation_accuracy"] > 50
     assert told["cost"]["training_flops"] > told["cost"]["measuring_flops"] > 0
     assert told.keys() == nothing().keys() | {"status", "reason", "run_id", "run_dir", "report"}
+
+
+def test_the_guide_documents_every_field(starved: Ended) -> None:
+    told = documented("docs/user_guide.md", "field of a diagnosis")
+    assert differences(told, fields(starved.json, {})) == (set(), set())
 
 
 def test_the_folder_holds_the_diagnosis_and_no_service_was_there(starved: Ended) -> None:
