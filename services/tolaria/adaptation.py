@@ -125,6 +125,7 @@ class AdaptationCoordinator:
         telemetry: Telemetry,
         witness: Witness,
         on_change: Callable[[Iterable[Replacement]], None],
+        not_before: Mapping[int, int] | None = None,
     ) -> None:
         self._run = run
         self._config = config
@@ -136,6 +137,8 @@ class AdaptationCoordinator:
         self._witness = witness
         #: Told after every change of the network: the trainer syncs its optimizer.
         self._on_change = on_change
+        #: Earliest step to graft at what was germinated at a step: a control waits for kernels as long as its run did.
+        self._not_before = not_before or {}
         self._engine: GrowthEngine | None = None
         self._story = _Story()
         self._requests: dict[str, KernelRequest] = {}
@@ -262,7 +265,7 @@ class AdaptationCoordinator:
             while (entry := self._journal.next_at(clock, *_APPLIED_AT_SAFE_POINTS)) is not None:
                 changed |= self._apply(entry, epoch)
             return changed
-        for kind, content in self._arrivals(epoch):
+        for kind, content in self._arrivals(clock, epoch):
             changed |= self._apply(self._journal.append(kind, clock, content), epoch)
         return changed
 
@@ -279,11 +282,13 @@ class AdaptationCoordinator:
         content = {"command": asdict(command), "blueprints": blueprints}
         return self._apply(self._journal.append("command", clock, content), epoch)
 
-    def _arrivals(self, epoch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _arrivals(self, clock: Clock, epoch: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """Plans whose kernels have all been found or not, and plans that waited too long."""
         waiting = [record for record in self.engine.seeds() if record.state is SeedState.GERMINATED]
         for origin in dict.fromkeys(self._story.origins[record.seed] for record in waiting):
             group = [record for record in waiting if self._story.origins[record.seed] == origin]
+            if clock.step < self._not_before.get(group[0].germinated_step, 0):
+                continue
             requests = {record.seed: self._request(record) for record in group}
             overdue = epoch - group[0].germinated_epoch >= self._config.kernel_timeout_epochs
             if self._config.wait_for_kernel or overdue or all(request.done for request in requests.values()):

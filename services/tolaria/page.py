@@ -23,6 +23,7 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { text-align: left; color: var(--dim); font-weight: 500; } th, td { padding: 4px 10px 4px 0; vertical-align: top;
   border-bottom: 1px solid var(--rule); } .n { text-align: right; }
+td.n, td:first-child { white-space: nowrap; } p { margin: 6px 0; }
 svg { width: 100%; height: auto; } .line { fill: none; stroke-width: 2; } .grid { stroke: var(--rule); }
 .mark { stroke: var(--dim); stroke-dasharray: 3 4; } .tick, .label { fill: var(--dim); font-size: 11px; }
 .s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }

@@ -152,7 +152,10 @@ def _shape(summary: Mapping[str, Any]) -> str:
         for change in summary.get("changes") or []
     ]
     short = ", ".join(shape(summary))
-    return (f"<p>{escape(short)}</p>" if short else "") + table(["layer", "operation", "before", "after"], rows)
+    if not rows:
+        return '<p class="none">Nothing: no seed was kept.</p>'
+    layers = table(["layer", "operation", "before", "after"], rows)
+    return f"<p>{escape(short)}</p><details><summary>{len(rows)} layers</summary>{layers}</details>"
 
 
 def _dimensions(sizes: Sequence[int]) -> str:

@@ -173,6 +173,7 @@ class Session:
             grow=grows,
             shelf=self._shelf if grows else None,
             total_steps=steps,
+            grafts=dict(self._done["growth"]["grafts"]) if grows else None,
         )
         self._keep(name, trainer)
         self._write_arms()
@@ -283,6 +284,7 @@ def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
             "fossilized": ends.count(SeedState.FOSSILIZED),
             "culled": ends.count(SeedState.CULLED),
         },
+        "grafts": [(record.germinated_step, record.birth_step) for record in records if record.birth_step is not None],
         "culled_flops": float(TRAINING_FACTOR * trainer.batches.batch_size * culled),
         "seeds": [_seed_summary(record, trainer.coordinator) for record in records],
     }

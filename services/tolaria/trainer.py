@@ -121,6 +121,7 @@ class TolariaTrainer:
         interrupt: How to stop early.
         device: Where to train.
         total_steps: Length of the schedule in optimizer steps; None: that of ``config.training.epochs``.
+        grafts: Earliest step of grafting by step of germination, for a control that grows when its run did.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class TolariaTrainer:
         interrupt: Interrupt,
         device: torch.device,
         total_steps: int | None = None,
+        grafts: Mapping[int, int] | None = None,
     ) -> None:
         # What the run is.
         self.config = config
@@ -185,6 +187,7 @@ class TolariaTrainer:
             telemetry=telemetry,
             witness=reporter,
             on_change=self._network_changed,
+            not_before=grafts,
         )
 
         self.shelf = shelf

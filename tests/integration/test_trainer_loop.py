@@ -570,6 +570,20 @@ def test_a_rollback_blames_the_seeds_under_way(tmp_path: Path) -> None:
     assert any(topic == "system.events.rollback" for topic, _ in harness.scripted.events)
 
 
+def test_a_control_waits_for_its_kernels_as_long_as_its_run_did(tmp_path: Path) -> None:
+    found = []
+    grafts: dict[int, int] = {}
+    for polls in (8, 0):
+        folder = tmp_path / str(polls)
+        trainer = Harness(folder, keep_config(), ONCE, polls=polls).trainer(grafts=grafts)
+        trainer.train()
+        grafts = {record.germinated_step: record.birth_step or 0 for record in trainer.engine.seeds()}
+        found.append(grafts)
+    assert found[0] == found[1]
+    ((germinated, born),) = found[0].items()
+    assert born > germinated + 1, "kernels that are there at once are grafted at once, unless held back"
+
+
 def test_a_kernel_on_its_way_is_asked_for_again_after_a_rollback(tmp_path: Path) -> None:
     harness = Harness(tmp_path, keep_config(), ONCE, polls=8)
     trainer = harness.trainer()

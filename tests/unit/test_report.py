@@ -128,6 +128,7 @@ def test_a_whole_run(folder: Path) -> None:
     assert "90.00 [87.0, 93.0]" in text
     assert "trained for as many epochs as the run" in text
     assert "conv1 4 to 6, attention at conv&lt;2&gt;" in text
+    assert "<summary>2 layers</summary>" in text
     assert "4 x 1 x 3 x 3" in text
     assert "of it seeds that were not kept</td><td class=n>2e+08</td><td class=n>20.00%" in text
     assert "1 of its 2 seeds were kept; all of them together are worth +4.50 [+2.50, +6.50] points." in text
@@ -164,6 +165,7 @@ def test_a_run_without_controls(folder: Path) -> None:
     assert "Not compared" in text
     assert "trained for as many" not in text
     assert '<p class="none">not measured</p>' in text
+    assert "Nothing: no seed was kept." in text
 
 
 @pytest.mark.parametrize("summary", [None, "[1]", "{", '{"reason": "the <disk> is full"}'])
