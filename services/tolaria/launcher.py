@@ -271,6 +271,12 @@ class Launcher:
             "comparisons": {},
             "changes": [],
             "accuracy": {"grown": None, "host": None, "bigger": None, "uniform": None},
+            "start_accuracy": None,
+            "compare_at": self._config.compare_at,
+            "arms": {},
+            "growth_seconds": None,
+            "rollbacks": None,
+            "export": None,
             "events": {"published": None, "dropped": None},
         }
         known = {
