@@ -26,10 +26,11 @@ from services.kasmina.model import Contribution, HealthReport, Replacement
 from services.tolaria import budget, calibration, checkpoint
 from services.tolaria.accounting import Account, LapClock
 from services.tolaria.adaptation import AdaptationCoordinator
+from services.tolaria.averaging import WeightAverage
 from services.tolaria.budget import Limit
 from services.tolaria.checkpoint import CheckpointStore, State
 from services.tolaria.data.batches import Batches
-from services.tolaria.data.splits import DataSet
+from services.tolaria.data.splits import DataSet, Split
 from services.tolaria.errors import CheckpointError, CheckpointWriteError, TrainingFailedError
 from services.tolaria.evaluation import Evaluation, contribution, evaluate
 from services.tolaria.governor import Governor, Instability
@@ -350,6 +351,8 @@ class TolariaTrainer:
             own_loss.backward()  # type: ignore[no-untyped-call]  # as above
         self.optimizer.step(self.step)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         self.epoch_loss += value
         self.account.bill_steps(self.flops, len(batch.labels))
         if transitions := self.engine.tick(self.step):
@@ -444,9 +447,13 @@ class TolariaTrainer:
 
     def judge(self) -> Evaluation:
         """Score and losses of the network on the validation split, as it is now; who calls it bills it."""
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            return self._judge(self.data.validation)
+
+    def _judge(self, split: Split) -> Evaluation:
         return evaluate(
             self.model,
-            self.data.validation,
+            split,
             self.data.normalization,
             self.objective,
             batch_size=self.config.data.evaluation_batch_size,
@@ -556,7 +563,10 @@ class TolariaTrainer:
 
     def _network_changed(self, replaced: Iterable[Replacement]) -> None:
         """The optimizer follows the network, survivors and fused parameters with their state."""
-        self.optimizer.sync(self.engine.parameter_groups(), replaced)
+        replaced, groups = list(replaced), self.engine.parameter_groups()
+        self.optimizer.sync(groups, replaced)
+        if self.average is not None:
+            self.average.sync(groups, replaced)
         self.flops = self.engine.flops()
         self.reporter.topology(self.engine, epoch=self.epoch, step=self.step)
 
@@ -569,6 +579,8 @@ class TolariaTrainer:
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in self.average.state().items()}
         values = {
             "run": self.run,
             "arm": self.arm,
@@ -597,6 +609,8 @@ class TolariaTrainer:
         self._begin_anew(values)
         self.model.load_state_dict(_named(state.tensors, "model/"))
         self.optimizer.load_state(_named(state.tensors, "optimizer/"))
+        if self.average is not None:
+            self.average.load_state(_named(state.tensors, "average/"))
         self.optimizer.rate_scale = values["rate_scale"]
         self.step = values["step"]
         self.epoch_loss = values["epoch_loss"]
@@ -623,6 +637,10 @@ class TolariaTrainer:
         self.coordinator.bind(self.engine, values["story"] if values is not None else None)
         self.optimizer = GrowingOptimizer(self.config.training.optimizer, self.schedule)
         self.optimizer.sync(self.engine.parameter_groups())
+        decay = self.config.training.ema_decay
+        self.average = WeightAverage(decay) if decay is not None else None
+        if self.average is not None:
+            self.average.sync(self.engine.parameter_groups())
         self.flops = self.engine.flops()
 
     def resume(self) -> None:
@@ -745,16 +763,11 @@ class TolariaTrainer:
         if self.grow:
             self.coordinator.finish(self.epoch, self.step, self._measure_contributions)
         self._bill_time(growth=True)
-        self.validation = self.judge()
+        if self.average is not None:
+            self.average.install()
+        self.validation = self._judge(self.data.validation)
         self.test_set.unlock()
-        self.test = evaluate(
-            self.model,
-            self.test_set.take(),
-            self.data.normalization,
-            self.objective,
-            batch_size=self.config.data.evaluation_batch_size,
-            flops_per_sample=self.flops,
-        )
+        self.test = self._judge(self.test_set.take())
         return ArmResult(
             arm=self.arm,
             test_accuracy=self.test.accuracy,

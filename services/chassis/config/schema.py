@@ -160,6 +160,13 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Autocast precision of forward and backward."
     )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Evaluate and export an exponential moving average of the weights with this decay per step; "
+        "null: the weights as they are.",
+    )
     checkpoint_every_epochs: int = Field(default=1, ge=1, description="Epochs between two checkpoints.")
     checkpoint_keep: int = Field(default=5, ge=1, description="Newest checkpoints kept.")
     max_restarts: int = Field(
