@@ -36,6 +36,12 @@ class Evaluation:
         """Mean loss."""
         return float(self.losses.double().mean())
 
+    def packed(self) -> str | list[float]:
+        """The scores for a JSON file: a digit for each image that is right or wrong, else numbers."""
+        if self.scores.dtype is torch.bool:
+            return "".join("01"[right] for right in self.scores.tolist())
+        return [float(score) for score in self.scores.tolist()]
+
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:

@@ -20,10 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
+#: The arm that is the run itself; others are its controls.
+GROWN: Final = "grown"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochProgress:
-    """An epoch of ``arm`` ("grown", "host" or "bigger") is over.
+    """An epoch of ``arm`` ("grown", "host", "bigger" or "uniform") is over.
 
     ``epoch`` counts finished epochs from 1; ``train_loss`` is the mean over the epoch's steps, ``validation_accuracy``
     is in percent, ``parameters`` are all trainable ones, ``flops`` are forward FLOPs of one sample, ``seeds`` counts
@@ -62,7 +65,7 @@ class StepProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedProgress:
-    """A seed went from one lifecycle state to another.
+    """A seed of ``arm`` went from one lifecycle state to another.
 
     ``contribution`` is in points of validation accuracy with its interval, null until measured.
     """
@@ -79,11 +82,12 @@ class SeedProgress:
     epoch: int
     reason: str
     contribution: Mapping[str, float] | None = None
+    arm: str = GROWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionProgress:
-    """Tamiyo decided (``decision`` is its id) or could not (``decision`` is null and ``explanation`` says why)."""
+    """Tamiyo decided for ``arm`` (``decision`` is its id), or could not (it is null, ``explanation`` says why)."""
 
     kind: ClassVar[str] = "decision"
     decision: str | None
@@ -92,6 +96,7 @@ class DecisionProgress:
     plan: tuple[Mapping[str, Any], ...]
     explanation: str
     latency_ms: float
+    arm: str = GROWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

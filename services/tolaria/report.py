@@ -12,12 +12,12 @@ from typing import Any, Final
 from services.chassis.files import write_atomically
 from services.tolaria.charts import Bar, Range, Series, line_chart, ranges, timeline
 from services.tolaria.page import Html, document, number, section, table
+from services.tolaria.progress import GROWN
 from services.tolaria.verdict import CONFIDENCE, Difference, judge, shape, spent
 
-GROWN: Final = "grown"
 _VERDICT_STYLES: Final = {"grow": "good", "static": "good", "not_compared": ""}
 _ARMS: Final = {
-    "grown": "this run",
+    GROWN: "this run",
     "host": "without growth",
     "bigger": "the final shape from scratch",
     "uniform": "grown alike in all layers",

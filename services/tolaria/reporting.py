@@ -26,6 +26,7 @@ from services.tolaria import observation
 from services.tolaria.journal import Clock
 from services.tolaria.ports import CommandResult, Decision, Mesh, NoDecision
 from services.tolaria.progress import (
+    GROWN,
     DecisionProgress,
     EpochProgress,
     ProgressWriter,
@@ -39,8 +40,6 @@ METRICS_FILE = "metrics.jsonl"
 DECISIONS_FILE = "decisions.jsonl"
 EVENTS_FILE = "events.jsonl"
 LINEAGE_FILE = "lineage.json"
-#: The arm that is the run itself; others are its controls.
-GROWN = "grown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +211,7 @@ class RunReporter:
                 plan=tuple(plan),
                 explanation=explanation,
                 latency_ms=decision.latency_ms,
+                arm=self._arm,
             )
         )
         self._picture.last_decision = explanation
@@ -248,6 +248,7 @@ class RunReporter:
             epoch=epoch,
             reason=transition.reason,
             contribution=worth,
+            arm=self._arm,
         )
         self._progress.write(message)
         told = {key: value for key, value in asdict(message).items() if key != "kind"}

@@ -38,8 +38,8 @@ from services.tolaria.journal import Journal
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.mesh import MeshClient
 from services.tolaria.ports import AskingMesh, Mesh, OfflineMesh
-from services.tolaria.progress import ProgressWriter, StatusProgress, finite
-from services.tolaria.reporting import GROWN, RunReporter, contribution_json
+from services.tolaria.progress import GROWN, ProgressWriter, StatusProgress, finite
+from services.tolaria.reporting import RunReporter, contribution_json
 from services.tolaria.trainer import TolariaTrainer
 from services.tolaria.verdict import paired_difference
 
@@ -228,7 +228,7 @@ class Session:
         """Train an arm to its end and keep its result, with its score on each image of the test set."""
         self._done[name] = asdict(trainer.train())
         assert trainer.test is not None, "an arm that was trained was tested"
-        self._done.setdefault("scores", {})[name] = _packed(trainer.test.scores)
+        self._done.setdefault("scores", {})[name] = trainer.test.packed()
 
     def _comparisons(self, arms: Iterable[str]) -> dict[str, Any]:
         """How much better the grown network is than each control, on the same test images."""
@@ -262,13 +262,6 @@ class Session:
             "changes": [{key: change[key] for key in _SHOWN_CHANGE} for change in self._done.get("changes", [])],
             "export": self._done.get("export"),
         }
-
-
-def _packed(scores: torch.Tensor) -> str | list[float]:
-    """A score for each image: a digit each if it is right or wrong, else numbers."""
-    if scores.dtype is torch.bool:
-        return "".join("01"[right] for right in scores.tolist())
-    return [float(score) for score in scores.tolist()]
 
 
 def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:

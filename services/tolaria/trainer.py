@@ -103,7 +103,7 @@ def decision_epochs(epochs: int, window: tuple[float, float], decisions: int, *,
 
 
 class TolariaTrainer:
-    """Trains one arm: the run itself ("grown") or a control without growth ("host", "bigger").
+    """Trains one arm: the run itself ("grown") or a control ("host", "bigger", "uniform").
 
     Args:
         config: The whole configuration.

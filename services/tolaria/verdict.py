@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Final, Literal
 
+from services.tolaria.progress import GROWN
+
 CONFIDENCE: Final = 0.95
 #: Costs that differ by less are called equal.
 _EQUAL_COST: Final = 0.02
@@ -103,11 +105,11 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
 
 def judge(summary: Mapping[str, Any]) -> Verdict:
     """The verdict of a run, from its summary."""
-    if (summary.get("accuracy") or {}).get("grown") is None:
+    if (summary.get("accuracy") or {}).get(GROWN) is None:
         return _verdict("no_result", _sentence(summary.get("reason") or "the run did not come to its end"))
     arms: Mapping[str, Mapping[str, Any]] = summary.get("arms") or {}
     found = {name: Difference(**content) for name, content in (summary.get("comparisons") or {}).items()}
-    costs = {name: _share_of_cost(arms[name], arms["grown"]) for name in found}
+    costs = {name: _share_of_cost(arms[name], arms[GROWN]) for name in found}
     host, bigger = found.get("host"), found.get("bigger")
     notes = _notes(found)
     if (summary.get("adaptations") or {}).get("fossilized") == 0:

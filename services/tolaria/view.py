@@ -20,6 +20,7 @@ from rich.text import Text
 
 from services.chassis.supervisor import Event, ServiceStatus, State
 from services.tolaria.progress import (
+    GROWN,
     DecisionProgress,
     EpochProgress,
     Progress,
@@ -87,15 +88,22 @@ def describe(message: Progress) -> str | None:
             return None
         case SeedProgress():
             return (
-                f"seed {message.seed} ({message.family} +{message.size} at {slot_label(message.slot)}): "
+                f"{_of(message)}seed {message.seed} ({message.family} +{message.size} at {slot_label(message.slot)}): "
                 f"{message.from_state} -> {message.to_state} at step {message.step}: {message.reason}"
             )
         case DecisionProgress():
-            return f"Tamiyo ({message.latency_ms:.0f} ms) after epoch {message.epoch}: {message.explanation}"
+            return (
+                f"{_of(message)}Tamiyo ({message.latency_ms:.0f} ms) after epoch {message.epoch}: {message.explanation}"
+            )
         case StatusProgress():
             return message.message
         case _:
             return None
+
+
+def _of(message: SeedProgress | DecisionProgress) -> str:
+    """Whose seed or decision it is, where that is not the run itself: its seeds have the same names."""
+    return "" if message.arm == GROWN else f"[{message.arm}] "
 
 
 def describe_event(event: Event) -> str | None:
@@ -171,7 +179,7 @@ class LiveView:
     def __init__(self, out: TextIO, services: Mapping[str, ServiceStatus], *, run: str) -> None:
         self._services = services
         self._run = run
-        self._arm = "grown"
+        self._arm = GROWN
         self._accuracy: dict[str, list[float]] = {}
         self._epoch: EpochProgress | None = None
         self._step: StepProgress | None = None
@@ -207,6 +215,7 @@ class LiveView:
             case SeedProgress(to_state="DORMANT"):
                 pass  # its slot is free again; how the seed ended is what people want to see
             case SeedProgress():
+                self._seeds = {seed: last for seed, last in self._seeds.items() if last.arm == message.arm}
                 self._seeds[message.seed] = message
                 if message.to_state in _ENDS:
                     self.say(str(describe(message)))

@@ -541,6 +541,12 @@ def test_progress_writer_sends_json_objects() -> None:
     assert progress.decode(json.dumps(sent[0])) == MESSAGES[4]
 
 
+def test_scores_are_kept_in_few_letters() -> None:
+    losses = torch.zeros(3)
+    assert Evaluation(torch.tensor([True, False, True]), losses, 0.0).packed() == "101"
+    assert Evaluation(torch.tensor([0.5, 1.0, 0.0]), losses, 0.0).packed() == [0.5, 1.0, 0.0]
+
+
 def test_what_was_spent_adds_up() -> None:
     account = Account(
         training_flops=60.0, discarded_flops=5.0, growth_flops=30.0, health_flops=10.0, validation_flops=10.0

@@ -78,6 +78,10 @@ def test_sparklines() -> None:
         ),
         (SEED, "seed seed-1 (widen +2 at conv[1]): EVALUATING -> FOSSILIZED at step 20: worth +1.00 points"),
         (dataclasses.replace(SEED, to_state="DORMANT"), None),
+        (
+            dataclasses.replace(SEED, arm="uniform"),
+            "[uniform] seed seed-1 (widen +2 at conv[1]): EVALUATING -> FOSSILIZED at step 20: worth +1.00 points",
+        ),
         (DECISION, "Tamiyo (9 ms) after epoch 1: Widen conv1 by 2."),
         (StatusProgress(state="training", message="rolled back"), "rolled back"),
         (STEP, None),
@@ -181,6 +185,8 @@ def test_the_panel_from_the_first_second_to_the_last() -> None:
     assert "urza exited: killed by SIGKILL" in now
     assert "rolled back" in now
     assert "host" in now
+    view.hear(dataclasses.replace(SEED, seed="seed-2", arm="uniform", to_state="TRAINING"))
+    assert "seeds: TRAINING 1" in picture(view), "seeds of a control are not counted with the run's"
     view.hear(SummaryProgress(summary={}))
     assert "done (" in picture(view)
     view.stop()
