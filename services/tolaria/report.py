@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from services.chassis.files import write_atomically
 from services.tolaria.charts import Bar, Range, Series, line_chart, ranges, timeline
+from services.tolaria.exported import exports_table
 from services.tolaria.page import Html, document, number, section, table
 from services.tolaria.progress import GROWN
 from services.tolaria.verdict import CONFIDENCE, Difference, judge, shape, spent
@@ -66,6 +67,7 @@ def render(folder: Path) -> str:
         section("What became of the host", _shape(summary)),
         section("Seeds", _seeds(summary), wide=True),
         section("Decisions", _decisions(decisions, summary), wide=True),
+        section("Export", exports_table(summary), wide=True),
         section("Services", _services(mesh)),
         section("Start-up and events", _startup(summary, mesh)),
         section("Configuration", _config(folder / "config.yaml"), wide=True),
