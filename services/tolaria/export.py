@@ -92,7 +92,8 @@ def export(engine: GrowthEngine, folder: Path, config: ModelConfig, data: DataSe
     names = ["weights.safetensors", "rebuild.py"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(weights(engine.model), folder / "weights.safetensors")
+        # Not save_file: what it raises on a full disk is no OSError.
+        (folder / "weights.safetensors").write_bytes(safetensors.torch.save(weights(engine.model)))
         shutil.copyfile(rebuild.__file__, folder / "rebuild.py")
         if config.name != "factory":
             shutil.copyfile(hosts.__file__, folder / "model.py")

@@ -105,6 +105,7 @@ def folder(tmp_path: Path) -> Path:
         "arms": {"grown": arm(90.0), "host": arm(80.0), "bigger": {**arm(91.0), "training_flops": 2e9}},
         "comparisons": {"host": better, "bigger": {**better, "points": -1.0, "low": -3.0, "high": 1.0}},
         "compare_at": "epochs",
+        "export": {"folder": "export", "formats": {"onnx": {"files": [], "problem": "no <onnx> here"}}},
         "start_accuracy": None,
         "seeds": [seed, {**seed, "contribution": None, "state": "CULLED"}, {**seed, "decision": None}],
         "changes": [
@@ -133,6 +134,8 @@ def test_a_whole_run(folder: Path) -> None:
     assert "of it seeds that were not kept</td><td class=n>2e+08</td><td class=n>20.00%" in text
     assert "1 of its 2 seeds were kept; all of them together are worth +4.50 [+2.50, +6.50] points." in text
     assert "every layer alike" not in text, "the story of a control is not the run's"
+    assert "<h2>Export</h2>" in text
+    assert "not exported: no &lt;onnx&gt; here" in text
     assert "1,200" in text
     assert "not measured" in text
     assert "+1.50 [+0.50, +2.50]" in text

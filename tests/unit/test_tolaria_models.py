@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from services.chassis.config.schema import DataConfig, ModelConfig
+from services.chassis.errors import EsperError, Reason
 from services.tolaria import controls, hosts, models, rebuild
 from services.tolaria.data import splits
 from services.tolaria.data.splits import DataSet, Normalization, Split
@@ -290,7 +291,7 @@ def test_the_bigger_control_starts_from_a_draw_of_its_own() -> None:
     assert controls.builder("host", host, table, 0) is host
 
 
-def test_an_export_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_an_export_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from services.chassis.config.schema import GrowthConfig
     from services.kasmina.engine import GrowthEngine
 
@@ -301,6 +302,17 @@ def test_an_export_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="was not written: Not a directory"):
         export(engine, tmp_path / "file" / "export", ModelConfig(widths=[2]), data)
+    (tmp_path / "no room").mkdir()
+    (tmp_path / "no room" / "weights.safetensors").symlink_to("/dev/full")
+    with pytest.raises(ExportError, match="was not written: No space left on device"):
+        export(engine, tmp_path / "no room", ModelConfig(widths=[2]), data)
+
+    def full(path: Path, content: str) -> None:
+        raise EsperError(f"{path}: no room on the disk", reason=Reason.STORAGE_FULL)
+
+    with monkeypatch.context() as patched, pytest.raises(ExportError, match=r"growth\.json: no room on the disk"):
+        patched.setattr("services.tolaria.export.write_atomically", full)
+        export(engine, tmp_path / "full", ModelConfig(widths=[2]), data)
     files = export(engine, tmp_path / "own", ModelConfig(name="factory", factory="my:own"), data)
     assert [file.name for file in files] == ["weights.safetensors", "rebuild.py"]
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["growth.json", "rebuild.py", files[0].name]
