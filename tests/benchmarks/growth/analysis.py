@@ -1,0 +1,238 @@
+"""From finished runs to the JSON: figures by arm, and the contrasts with their intervals and tests. Torch-free.
+
+Everything is paired by seed. One contrast over several entries is the mean of the entries' mean differences; its
+standard error joins theirs, with the degrees of freedom of Welch and Satterthwaite. Intervals and tests are Student's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from scipy import special  # type: ignore[import-untyped]  # scipy ships no types
+
+from tests.benchmarks.growth.arms import Record
+from tests.benchmarks.growth.protocol import TRAINED, Contrast, Protocol
+
+FIGURES: Final = (
+    "validation_accuracy",
+    "test_accuracy",
+    "training_flops",
+    "growth_flops",
+    "parameters",
+    "cpu_seconds",
+    "wall_seconds",
+    "latency_ms",
+)
+#: FLOPs of an arm that was to spend as much as the run it follows may differ by this share.
+_EQUAL_FLOPS: Final = 0.02
+
+
+class DishonestRunsError(ValueError):
+    """Runs that must not be compared: not paired, not equal in cost, or chosen by what must not choose."""
+
+
+def check(protocol: Protocol, finished: Mapping[str, Record]) -> None:
+    """Refuse finished runs that break the rules of comparison. Raises DishonestRunsError naming the runs."""
+    for entry in protocol.entries:
+        for seed in {run["seed"] for run in finished.values() if run["entry"] == entry}:
+            arms = {run["arm"]: run for run in finished.values() if (run["entry"], run["seed"]) == (entry, seed)}
+            _check_pairing(f"{entry}, seed {seed}", arms)
+            _check_costs(f"{entry}, seed {seed}", arms)
+            if "sweep" in arms:
+                _check_sweep(f"{entry}, seed {seed}", arms["sweep"])
+            if {"off", "host"} <= arms.keys() and arms["off"]["weights"] != arms["host"]["weights"]:
+                raise DishonestRunsError(f"{entry}, seed {seed}: the platform with its controller off changed the host")
+
+
+def _check_pairing(where: str, arms: Mapping[str, Record]) -> None:
+    """All arms of a seed saw the same batches, as long as they lasted."""
+    longest = max(arms.values(), key=lambda run: len(run["batches"]))
+    for arm, run in arms.items():
+        if run["batches"] != longest["batches"][: len(run["batches"])]:
+            raise DishonestRunsError(f"{where}: {arm} was trained on other batches than {longest['arm']}: no pair")
+
+
+def _check_costs(where: str, arms: Mapping[str, Record]) -> None:
+    for arm, run in arms.items():
+        followed = arms.get("grown" if arm in ("trained_on", "from_scratch") else "tamiyo")
+        if followed is None or not (arm.endswith("_equal_flops") or arm in ("sweep", "trained_on", "from_scratch")):
+            continue
+        wanted = followed["training_flops"] + followed["growth_flops"]
+        # Whole steps: a short run cannot come nearer than one of them.
+        if abs(run["training_flops"] / wanted - 1) > _EQUAL_FLOPS + 1 / run["steps"]:
+            raise DishonestRunsError(f"{where}: {arm} spent {run['training_flops'] / wanted:.3f} of {followed['arm']}")
+
+
+def _check_sweep(where: str, run: Record) -> None:
+    accuracies = [shape["validation_accuracy"] for shape in run["sweep"]]
+    if run["chosen"] != accuracies.index(max(accuracies)):
+        raise DishonestRunsError(f"{where}: the sweep kept shape {run['chosen']}, which validation does not say")
+    if run["validation_accuracy"] != accuracies[run["chosen"]]:
+        raise DishonestRunsError(f"{where}: the sweep's network is not the one it chose")
+
+
+def result(protocol: Protocol, finished: Mapping[str, Record], commit: str | None) -> dict[str, Any]:
+    """The JSON of issue 5, with ``contrasts`` beside it. Runs that are missing are absent; unmeasured is null.
+
+    Raises DishonestRunsError.
+    """
+    final = {name: run for name, run in finished.items() if ".rate-" not in name}
+    check(protocol, final)
+    tables = {name: {"arms": _arms(protocol, name, final)} for name in protocol.entries}
+    body: dict[str, Any] = {"hosts": tables}
+    if TRAINED in tables:
+        body = {"trained": tables.pop(TRAINED), "budgets": tables}
+    described = {"hash": protocol.hash, "commit": commit, **protocol.content()}
+    return {"protocol": described, **body, "contrasts": contrasts(protocol, tables)}
+
+
+def _arms(protocol: Protocol, entry: str, finished: Mapping[str, Record]) -> dict[str, Any]:
+    made = {}
+    for arm in protocol.entries[entry].arms:
+        runs = sorted(
+            (run for run in finished.values() if (run["entry"], run["arm"]) == (entry, arm)),
+            key=lambda run: run["seed"],
+        )
+        if runs:
+            made[arm] = {key: [run[key] for run in runs] for key in ("seed", *FIGURES)}
+            made[arm]["widths"] = [run["widths"] for run in runs]
+    return made
+
+
+# ---- contrasts ---------------------------------------------------------------------------------------------------
+
+
+def differences(tables: Mapping[str, Any], entry: str, first: str, second: str) -> dict[int, float]:
+    """By seed, where both arms are measured: ``first`` minus ``second``, points of test accuracy."""
+    arms = tables.get(entry, {}).get("arms", {})
+
+    def by_seed(arm: str) -> dict[int, float]:
+        found = arms.get(arm, {"seed": [], "test_accuracy": []})
+        pairs = zip(found["seed"], found["test_accuracy"], strict=True)
+        return {seed: value for seed, value in pairs if value is not None}
+
+    ours, theirs = by_seed(first), by_seed(second)
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def compare(samples: Sequence[Sequence[float]], *, margin: float | None, confidence: float) -> dict[str, Any]:
+    """The mean of the samples' means with its interval and the p value of its test.
+
+    Without a ``margin`` the test is two-sided against 0, with one it is one-sided against ``-margin``. A sample of
+    fewer than two has no spread: everything but the mean is None.
+    """
+    means = [statistics.fmean(sample) for sample in samples]
+    mean = statistics.fmean(means)
+    nothing = {"mean": mean, "interval": None, "p": None, "holds": None}
+    if any(len(sample) < 2 for sample in samples):
+        return nothing
+    parts = [statistics.variance(sample) / len(sample) / len(samples) ** 2 for sample in samples]
+    error = math.sqrt(math.fsum(parts))
+    if error == 0:
+        return {**nothing, "interval": [mean, mean]}
+    freedom = error**4 / math.fsum(part**2 / (len(sample) - 1) for part, sample in zip(parts, samples, strict=True))
+    reach = float(special.stdtrit(freedom, 0.5 + confidence / 2)) * error
+    above = float(special.stdtr(freedom, -(mean + (margin or 0.0)) / error))
+    p = above if margin is not None else 2 * min(above, 1 - above)
+    holds = p < 1 - confidence and mean + (margin or 0.0) > 0
+    return {"mean": mean, "interval": [mean - reach, mean + reach], "p": p, "holds": holds}
+
+
+def contrasts(protocol: Protocol, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every contrast of the protocol. ``holds`` of the secondary ones is after Holm's correction."""
+    made = [_contrast(one, tables, protocol.confidence) for one in protocol.contrasts]
+    secondary = [one for one in made if not one["primary"] and one["p"] is not None]
+    for one, corrected in zip(secondary, holm([one["p"] for one in secondary]), strict=True):
+        one["p_corrected"] = corrected
+        one["holds"] = corrected < 1 - protocol.confidence and one["mean"] + (one["margin"] or 0.0) > 0
+    return made
+
+
+def _contrast(one: Contrast, tables: Mapping[str, Any], confidence: float) -> dict[str, Any]:
+    """Against several arms: the one nearest to ``first``, and the largest p value (an intersection-union test)."""
+    against: dict[str, dict[str, Any]] = {}
+    seeds = 0
+    for second in one.second:
+        samples = [list(differences(tables, entry, one.first, second).values()) for entry in one.entries]
+        if all(samples):
+            against[second] = compare(samples, margin=one.margin, confidence=confidence)
+            seeds = sum(len(sample) for sample in samples)
+    described = {
+        "name": one.name,
+        "first": one.first,
+        "second": list(one.second),
+        "entries": list(one.entries),
+        "primary": one.primary,
+        "margin": one.margin,
+        "aim": one.aim,
+        "pairs": seeds,
+        "against": against,
+        "p_corrected": None,
+    }
+    if len(against) < len(one.second):
+        return {**described, "mean": None, "interval": None, "p": None, "holds": None}
+    nearest = min(against.values(), key=lambda found: float(found["mean"]))
+    ps = [found["p"] for found in against.values()]
+    worst = None if any(p is None for p in ps) else max(ps)
+    holds = None if worst is None else all(bool(found["holds"]) for found in against.values())
+    return {**described, "mean": nearest["mean"], "interval": nearest["interval"], "p": worst, "holds": holds}
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p values (Holm, 1979), in the order given."""
+    order = sorted(range(len(ps)), key=lambda index: ps[index])
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """A table for the terminal: accuracies by arm, then the contrasts."""
+    made = []
+    for name, table in result.get("hosts", result.get("budgets", {})).items():
+        for arm, found in table["arms"].items():
+            validation, test = (spread(found[key]) for key in ("validation_accuracy", "test_accuracy"))
+            made.append(f"{name:18} {arm:20} seeds {len(found['seed']):2}  validation {validation:14} test {test}")
+    return made + [f"{one['name']}: {verdict(one)}" for one in result["contrasts"]]
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds; what is not measured is said."""
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return "not measured"
+    if len(measured) == 1:
+        return f"{measured[0]:.2f}"
+    return f"{statistics.fmean(measured):.2f} ± {statistics.stdev(measured):.2f}"
+
+
+def verdict(one: Mapping[str, Any]) -> str:
+    """A contrast in words."""
+    if one["mean"] is None:
+        return "not measured"
+    text = f"{one['mean']:+.2f} points"
+    if one["interval"] is not None:
+        text += f" [{one['interval'][0]:+.2f}, {one['interval'][1]:+.2f}]"
+    claim = "not worse by more than " + f"{one['margin']:g}" if one["margin"] is not None else "better"
+    if one["holds"] is None:
+        return f"{text}; too few pairs to say"
+    return f"{text}; {claim}: {'yes' if one['holds'] else 'not shown'}"
+
+
+def rates(finished: Mapping[str, Record]) -> list[str]:
+    """Validation accuracy by entry, arm and learning rate, for choosing the rates."""
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for run in finished.values():
+        found.setdefault((run["entry"], run["arm"], run["rate"]), []).append(run["validation_accuracy"])
+    return [
+        f"{entry:18} {arm:20} rate {rate:<5g} validation {spread(values)} ({len(values)} seeds)"
+        for (entry, arm, rate), values in sorted(found.items())
+    ]

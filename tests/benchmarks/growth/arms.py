@@ -1,0 +1,126 @@
+"""The arms: what each of them trains, for how long, and which finished runs it has to wait for. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from tests.benchmarks.growth.protocol import TRAINED, Entry, Protocol
+
+#: What is known of a finished run: the content of its file.
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """What an arm trains.
+
+    Attributes:
+        kind: ``static`` does not grow, ``grown`` does, ``sweep`` trains several static shapes and keeps one.
+        shape: Of a static arm: the ``host``, the ``final`` shape of the run it follows, the ``target`` of the budget.
+        length: As many ``epochs`` as the recipe says; until as many ``flops`` or CPU seconds (``time``) are spent as
+            by the run it follows, growth included.
+        policy: Of a growing arm; ``None`` decides nothing.
+        rate: Class of its learning rate.
+        follows: Arm of the same entry and seed whose run it is measured against.
+        timed_by: Arm whose steps tell how long its own will take.
+        donor: Arm of another seed whose plan it repeats.
+        trained: Whether it begins with a trained host.
+    """
+
+    kind: Literal["static", "grown", "sweep"] = "static"
+    shape: Literal["host", "final", "target"] = "host"
+    length: Literal["epochs", "flops", "time"] = "epochs"
+    policy: str | None = None
+    rate: str = "host"
+    follows: str | None = None
+    timed_by: str | None = None
+    donor: str | None = None
+    trained: bool = False
+
+
+def _rule(policy: str | None, **more: Any) -> Arm:
+    return Arm(kind="grown", policy=policy, rate="grown", **more)
+
+
+ARMS: Final[Mapping[str, Arm]] = {
+    "host": Arm(),
+    "host_equal_flops": Arm(length="flops", follows="tamiyo"),
+    "final_equal_epochs": Arm(shape="final", rate="wide", follows="tamiyo"),
+    "final_equal_flops": Arm(shape="final", length="flops", rate="wide", follows="tamiyo"),
+    "final_equal_time": Arm(shape="final", length="time", rate="wide", follows="tamiyo", timed_by="final_equal_epochs"),
+    "tamiyo": _rule("utilization"),
+    "uniform": _rule("uniform"),
+    "random": _rule("random"),
+    "narrowest": _rule("narrowest"),
+    "permuted": _rule("permuted"),
+    "transplant": _rule("transplant", donor="tamiyo"),
+    # It is the host, so it has the host's rate.
+    "off": Arm(kind="grown", policy=None),
+    "sweep": Arm(kind="sweep", rate="wide", follows="tamiyo"),
+    "grown": _rule("utilization", trained=True),
+    "grown_uniform": _rule("uniform", trained=True),
+    "trained_on": Arm(length="flops", rate="trained_on", follows="grown", trained=True),
+    "from_scratch": Arm(shape="target", length="flops", rate="wide", follows="grown"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One run. ``rate`` replaces the entry's learning rate while it is tuned."""
+
+    entry: str
+    arm: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the ending."""
+        tuned = "" if self.rate is None else f".rate-{self.rate:g}"
+        return f"{self.entry}.{self.arm}.{self.seed}{tuned}"
+
+
+def units(protocol: Protocol, *, tune: bool = False) -> list[Unit]:
+    """All runs, those first that others wait for; seed by seed, so that what is cut short has whole seeds."""
+    found: list[Unit] = []
+    for name, entry in protocol.entries.items():
+        for seed in protocol.tuning_seeds if tune else entry.seeds:
+            found += [Unit(name, arm, seed, rate) for arm in entry.arms for rate in _rates(protocol, arm, tune)]
+    return found
+
+
+def _rates(protocol: Protocol, arm: str, tune: bool) -> Sequence[float | None]:
+    # What follows another run is trained at the rate of its class: tuning it again would multiply the runs.
+    if tune and ARMS[arm].follows is None and arm in ("host", "tamiyo", "grown"):
+        return (None, *protocol.tuning_rates)
+    return (None,)
+
+
+def rate_of(entry: Entry, unit: Unit) -> float:
+    """Peak learning rate of a run."""
+    return entry.rates[ARMS[unit.arm].rate] if unit.rate is None else unit.rate
+
+
+def needs(protocol: Protocol, unit: Unit, *, tune: bool = False) -> dict[str, Unit]:
+    """The runs that must be finished before this one, by their role: follows, timed_by, donor, trained."""
+    arm, found = ARMS[unit.arm], {}
+    if arm.follows is not None:
+        found["follows"] = replace(unit, arm=arm.follows, rate=None)
+    if arm.timed_by is not None:
+        found["timed_by"] = replace(unit, arm=arm.timed_by, rate=None)
+    if arm.donor is not None:
+        seeds = protocol.tuning_seeds if tune else protocol.entries[unit.entry].seeds
+        donor = seeds[(seeds.index(unit.seed) + 1) % len(seeds)]
+        found["donor"] = Unit(unit.entry, arm.donor, donor)
+    if arm.trained:
+        found["trained"] = Unit(TRAINED, "host", unit.seed)
+    return found
+
+
+def ready(protocol: Protocol, waiting: Sequence[Unit], done: Mapping[str, Record], *, tune: bool) -> Iterator[Unit]:
+    """Those of ``waiting`` whose needs are done, in their order."""
+    for unit in waiting:
+        if all(need.name in done for need in needs(protocol, unit, tune=tune).values()):
+            yield unit

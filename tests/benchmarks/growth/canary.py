@@ -1,0 +1,56 @@
+"""Tiny runs, one for each kind of arm, whose losses and widths stand for what the code computes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from services.tolaria.data.splits import DataSet, Normalization, Split
+from tests.benchmarks.growth import training
+from tests.benchmarks.growth.arms import Unit, needs
+from tests.benchmarks.growth.protocol import GROWTH, Growth, miniature
+from tests.benchmarks.growth.services import LocalServices
+
+ARMS: Final = ("host", "tamiyo", "uniform", "random", "narrowest", "permuted", "transplant", "final_equal_flops")
+_CLASSES, _TRAINING, _VALIDATION = 10, 300, 100
+
+
+def easy_images(seed: int = 0) -> DataSet:
+    """Ten noisy patterns of 32x32 pixels in three channels; the test set has as many images as the validation split."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(0, 256, (_CLASSES, 3, 32, 32), generator=generator)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % _CLASSES
+        noise = torch.randint(-90, 91, (count, 3, 32, 32), generator=generator)
+        return Split((patterns[labels] + noise).clamp(0, 255).to(torch.uint8), labels)
+
+    learned, held_out, test = split(_TRAINING), split(_VALIDATION), split(_VALIDATION)
+    return DataSet(learned, held_out, Normalization.of(learned.images), _CLASSES, lambda: test)
+
+
+def figures() -> dict[str, dict[str, Any]]:
+    """Losses by epoch, widths and the first batches of :data:`ARMS`; about ten seconds."""
+    protocol = miniature(GROWTH)
+    entry = protocol.entries["balanced"]
+    growth = Growth(target_widths=entry.growth.target_widths, window=(0.3, 0.6), decisions=2, health_samples=300)
+    recipe = replace(entry.recipe, epochs=4, batch_size=30)
+    protocol = replace(protocol, entries={"balanced": replace(entry, growth=growth, recipe=recipe)})
+    entry, data = protocol.entries["balanced"], easy_images()
+    done: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="esper-canary-") as name:
+        for arm in ARMS:
+            unit, folder = Unit("balanced", arm, entry.seeds[0]), Path(name) / arm
+            folder.mkdir()
+            # All of one seed: for what a transplant does, whose plan it is does not matter.
+            given = {role: done[need.arm] for role, need in needs(protocol, unit).items()}
+            order = training.Order(entry=entry, unit=unit, given=given, folder=folder)
+            done[arm] = training.run(order, data, LocalServices(folder))
+    return {
+        arm: {"losses": record["train_losses"], "widths": record["widths"], "batches": record["batches"][0]}
+        for arm, record in done.items()
+    }

@@ -1,0 +1,115 @@
+"""The commands ``python -m tests.benchmarks.growth`` and ``python -m tests.benchmarks.extend``.
+
+``--out FILE``        make the runs that are missing (resumes; Ctrl-C and kill are safe), write the JSON
+``--tune``            runs of the tuning seeds, validation figures only; prints each class's learning rates
+``--smoke``           everything in miniature, validation figures only, nothing kept
+``--write-protocol``  write docs/benchmarks/protocol.json; committing it fixes the protocol and opens the test set
+``--report``          write docs/benchmarks.md from the committed JSON
+
+Without ``--tune`` and ``--smoke`` the protocol has to be committed: else exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from services.chassis.files import write_atomically
+from tests.benchmarks import measure
+from tests.benchmarks.growth import analysis, permit, report
+from tests.benchmarks.growth.arms import units
+from tests.benchmarks.growth.protocol import PROTOCOLS, miniature
+from tests.benchmarks.growth.records import Records, open_records
+from tests.benchmarks.growth.runner import WORKERS, Runner, estimate
+from tests.infrastructure.processes import ROOT
+
+_SHARED: Final = ROOT.parent / "shared" / "data"
+
+
+def data_dir() -> Path:
+    """``ESPER__DATA__DATA_DIR``, or where the official files lie beside a checkout."""
+    return Path(os.environ.get("ESPER__DATA__DATA_DIR", _SHARED))
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.benchmarks.{name}", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="the JSON")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--write-protocol", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--entries", nargs="*", help="only these tables")
+    parser.add_argument("--arms", nargs="*", help="only these arms, and what they wait for")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--commit", action="store_true", help="commit each finished run")
+    return parser
+
+
+def main(name: str, argv: Sequence[str] | None = None) -> int:
+    """0; 1 if runs failed; 2 if the protocol is not committed; 130 after Ctrl-C."""
+    arguments = _parser(name).parse_args(argv)
+    if arguments.write_protocol:
+        print(f"wrote {permit.write()}: once it is committed, it is fixed")
+        return 0
+    if arguments.report:
+        print(f"wrote {report.write()}")
+        return 0
+    try:
+        with tempfile.TemporaryDirectory(prefix="esper-smoke-") as folder:
+            return _run(name, arguments, Path(folder))
+    except permit.ProtocolNotCommittedError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept, the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, arguments: argparse.Namespace, folder: Path) -> int:
+    protocol, commit = PROTOCOLS[name], permit.commit_of()
+    if arguments.smoke:
+        protocol = miniature(protocol)
+        records = Records(folder)
+    else:
+        if not arguments.tune:
+            commit = permit.require_committed(protocol)
+        # Not before it is needed: it imports torch.
+        from tests.benchmarks.growth.canary import figures
+
+        records = open_records(protocol, figures=figures, tune=arguments.tune)
+    wanted = [
+        unit
+        for unit in units(protocol, tune=arguments.tune)
+        if (not arguments.entries or unit.entry in arguments.entries)
+        and (not arguments.arms or unit.arm in arguments.arms)
+        and (not arguments.seeds or unit.seed in arguments.seeds)
+    ]
+    runner = Runner(protocol, records, data_dir(), tune=arguments.tune, smoke=arguments.smoke, commit=arguments.commit)
+    seconds = None if arguments.minutes is None else 60 * arguments.minutes
+    runner.run(wanted, workers=arguments.workers, deadline=seconds)
+    finished = records.finished()
+    result = {**analysis.result(protocol, finished, commit), "environment": measure.environment()}
+    if arguments.out is not None:
+        write_atomically(arguments.out, json.dumps(result, indent=1) + "\n")
+    _print(result, arguments.tune, finished)
+    missing = [unit for unit in units(protocol, tune=arguments.tune) if unit.name not in finished]
+    left = estimate(missing, finished)
+    if missing and left is not None:
+        hours = left / arguments.workers / 3600
+        print(f"{len(missing)} runs are missing, about {hours:.1f} h of {arguments.workers} workers")
+    return 1 if runner.failed else 0
+
+
+def _print(result: dict[str, Any], tune: bool, finished: dict[str, dict[str, Any]]) -> None:
+    for line in analysis.rates(finished) if tune else analysis.lines(result):
+        print(line)

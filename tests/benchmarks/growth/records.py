@@ -1,0 +1,118 @@
+"""Finished runs: one small JSON file each, under a folder that says by which protocol and which code. Torch-free.
+
+``docs/benchmarks/runs/<experiment>/<protocol>/<code>/<entry>.<arm>.<seed>.json``; ``<protocol>`` is the protocol's hash
+and ``<code>`` that of the files that can change what a run computes (:data:`CODE`), when the folder was made. Code that
+changed since may go on in the same folder if it still computes the same: a fixed set of tiny runs, one for each kind
+of arm (:mod:`tests.benchmarks.growth.canary`), is repeated, and its losses and widths have to be those that the folder
+keeps. Losses may differ by :data:`TOLERANCE`, as processors round differently; a different draw, order, rule or
+schedule is far outside. What only shows in longer runs than those is not seen: such a change wants a new protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from services.chassis.files import write_atomically
+from tests.benchmarks.growth.protocol import Protocol
+from tests.infrastructure.processes import ROOT
+
+RUNS: Final = ROOT / "docs" / "benchmarks" / "runs"
+#: What can change a trained result, as globs from the repository's root.
+CODE: Final = (
+    "services/kasmina/*.py",
+    "services/blueprints/**/*.py",
+    "services/tamiyo/policies/*.py",
+    "services/tamiyo/observation.py",
+    "services/tolaria/*.py",
+    "services/tolaria/data/*.py",
+    "tests/benchmarks/growth/arms.py",
+    "tests/benchmarks/growth/hosts.py",
+    "tests/benchmarks/growth/training.py",
+)
+TOLERANCE: Final = 1e-3
+_INDEX: Final = "folder.json"
+_SHORT: Final = 12
+#: Losses and widths by arm.
+Figures = Mapping[str, Mapping[str, Any]]
+
+
+class Records:
+    """The finished runs of one protocol by one code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Where the run ``name`` is kept, or will be."""
+        return self.folder / f"{name}.json"
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """All that is there, by name. A file that is no JSON is a damaged checkout and raises ValueError."""
+        found = {}
+        for path in sorted(self.folder.glob("*.json")):
+            if path.name != _INDEX:
+                try:
+                    found[path.name.removesuffix(".json")] = json.loads(path.read_bytes())
+                except ValueError as error:
+                    raise ValueError(f"{path} is damaged: delete it, and its run is made again ({error})") from error
+        return found
+
+    def keep(self, name: str, record: Mapping[str, Any]) -> Path:
+        """Write one finished run, whole or not at all."""
+        path = self.path(name)
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+        return path
+
+
+def code_hash(root: Path = ROOT) -> str:
+    """SHA-256 over names and contents of :data:`CODE`, hex."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in CODE for path in root.glob(pattern)}):
+        found.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def open_records(
+    protocol: Protocol, *, figures: Callable[[], Figures], runs: Path = RUNS, tune: bool = False, root: Path = ROOT
+) -> Records:
+    """The folder to go on in: the one that this code made or computes the same as, else a new one.
+
+    ``figures`` repeats the tiny runs; it is asked only when the code is not known yet.
+    """
+    code = code_hash(root)
+    # Tuning changes the protocol as it goes; its runs carry their rates in their names.
+    name = "tuning" if tune else protocol.hash[:_SHORT]
+    within = runs / protocol.name / name
+    folders = {path.parent: json.loads(path.read_bytes()) for path in sorted(within.glob(f"*/{_INDEX}"))}
+    for folder, index in folders.items():
+        if code in index["codes"]:
+            return Records(folder)
+    now = {arm: dict(found) for arm, found in figures().items()}
+    for folder, index in folders.items():
+        if same_figures(index["figures"], now):
+            index["codes"].append(code)
+            write_atomically(folder / _INDEX, json.dumps(index, indent=1) + "\n")
+            return Records(folder)
+    folder = within / code[:_SHORT]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _INDEX, json.dumps({"codes": [code], "figures": now}, indent=1) + "\n")
+    return Records(folder)
+
+
+def same_figures(one: Figures, other: Figures) -> bool:
+    """Whether two sets of tiny runs came out alike."""
+    return one.keys() == other.keys() and all(
+        one[arm]["widths"] == other[arm]["widths"]
+        and one[arm]["batches"] == other[arm]["batches"]
+        and len(one[arm]["losses"]) == len(other[arm]["losses"])
+        and all(
+            math.isclose(left, right, rel_tol=TOLERANCE)
+            for left, right in zip(one[arm]["losses"], other[arm]["losses"], strict=True)
+        )
+        for arm in one
+    )

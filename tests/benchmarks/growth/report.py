@@ -1,0 +1,142 @@
+"""``docs/benchmarks.md`` and its plots, from the committed JSON and nothing else. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from services.chassis.files import write_atomically
+from tests.benchmarks.growth import plots
+from tests.benchmarks.growth.analysis import spread, verdict
+from tests.infrastructure.processes import ROOT
+
+PAGE: Final = "docs/benchmarks.md"
+FOLDER: Final = "docs/benchmarks"
+_HEAD: Final = """# What growth is worth
+
+This page is written by `python -m tests.benchmarks.growth --report` from the JSON files in `docs/benchmarks/`; a test
+checks that it says what they say. Accuracies are in percent on the test set, mean ± standard deviation over seeds, read
+once per finished run after the protocol was committed. Contrasts are paired by seed: all arms of a seed begin with the
+same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts are corrected by Holm's
+method. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
+"""
+_ARMS: Final[Mapping[str, str]] = {
+    "host": "the host, not grown",
+    "host_equal_flops": "the host, trained until it cost as much as the grown run",
+    "final_equal_epochs": "the grown run's final shape from scratch, as many epochs",
+    "final_equal_flops": "the same, as many FLOPs as the grown run",
+    "final_equal_time": "the same, as many CPU seconds as the grown run",
+    "tamiyo": "grown, Tamiyo chooses by what layers use of their width",
+    "uniform": "grown, all layers alike",
+    "random": "grown, by chance",
+    "narrowest": "grown, the narrowest layers first",
+    "permuted": "grown, by the measured needs of other layers",
+    "transplant": "grown, by another seed's plan",
+    "off": "the platform attached, its controller off",
+    "sweep": "best by validation of several static shapes that cost together as much as the grown run",
+    "grown": "the trained host, grown, Tamiyo chooses",
+    "grown_uniform": "the trained host, grown, all layers alike",
+    "trained_on": "the trained host, trained on",
+    "from_scratch": "a network of the budget's size from scratch",
+}
+_COSTS: Final = {
+    "flops": (("training_flops", "growth_flops"), "FLOPs of training and growth"),
+    "latency": (("latency_ms",), "CPU time of one training step of the final network, ms"),
+}
+
+
+def write(root: Path = ROOT) -> Path:
+    """Write the page and its plots; returns the page."""
+    text, drawings = pages(root)
+    for name, drawing in drawings.items():
+        write_atomically(root / FOLDER / name, drawing)
+    write_atomically(root / PAGE, text)
+    return root / PAGE
+
+
+def pages(root: Path = ROOT) -> tuple[str, dict[str, str]]:
+    """The page's text, and its plots by file name."""
+    growth, extend = (_read(root / FOLDER / f"{name}.json") for name in ("growth", "extend"))
+    drawings: dict[str, str] = {}
+    sections = [_HEAD]
+    if extend is not None:
+        sections += ["## Extending a trained network", *_described(extend, extend["budgets"], _budget_title, drawings)]
+    else:
+        sections += ["## Extending a trained network", "The final run has not been made: nothing is claimed."]
+    if growth is not None:
+        sections += ["## Growing from scratch", *_described(growth, growth["hosts"], str, drawings)]
+    else:
+        sections += ["## Growing from scratch", "The final run has not been made: nothing is claimed."]
+    return "\n\n".join(section.strip() for section in sections) + "\n", drawings
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return dict(json.loads(path.read_bytes())) if path.exists() else None
+
+
+def _budget_title(budget: str) -> str:
+    return f"{budget} more epochs"
+
+
+def _described(result: Mapping[str, Any], tables: Mapping[str, Any], title: Any, drawings: dict[str, str]) -> list[str]:
+    protocol = result["protocol"]
+    missing = _missing(result, tables)
+    parts = [f"Protocol `{protocol['hash'][:12]}`, commit `{(protocol['commit'] or 'none')[:12]}`."]
+    if missing:
+        parts.append(f"**Not complete**: {missing} of the protocol's runs are missing; what follows may change.")
+    parts += ["### Contrasts", _contrasts(result["contrasts"])]
+    for name, table in tables.items():
+        if not table["arms"]:
+            continue
+        parts += [f"### {title(name)}", protocol["entries"][name]["network"]["why"], _table(table["arms"])]
+        for kind, (cost, label) in _COSTS.items():
+            found = plots.points(table["arms"], cost)
+            if found:
+                file = f"{protocol['name']}-{name}-{kind}.svg"
+                drawings[file] = plots.scatter(found, title=f"{title(name)}: accuracy against {label}", x_label=label)
+                parts.append(f"![Accuracy against {label}](benchmarks/{file})")
+    return parts
+
+
+def _missing(result: Mapping[str, Any], tables: Mapping[str, Any]) -> int:
+    found = 0
+    for name, table in tables.items():
+        entry = result["protocol"]["entries"][name]
+        for arm in entry["arms"]:
+            found += len(entry["seeds"]) - len(table["arms"].get(arm, {"seed": []})["seed"])
+    return found
+
+
+def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> str:
+    rows = ["| contrast | pairs | difference and verdict | aim |", "|---|---|---|---|"]
+    for one in contrasts:
+        name = f"**{one['name']}** (primary)" if one["primary"] else one["name"]
+        second = one["second"][0] if len(one["second"]) == 1 else f"best of {', '.join(one['second'])}"
+        aim = "" if one["aim"] is None else f"{one['aim']:+g}"
+        rows.append(f"| {name}: {one['first']} minus {second} | {one['pairs']} | {verdict(one)} | {aim} |")
+    return "\n".join(rows)
+
+
+def _table(arms: Mapping[str, Any]) -> str:
+    rows = [
+        "| arm | seeds | test % | validation % | parameters | FLOPs | of them growth | CPU s | step, ms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        flops = [one + other for one, other in zip(arm["training_flops"], arm["growth_flops"], strict=True)]
+        cells = [
+            f"`{name}`: {_ARMS[name]}",
+            str(len(arm["seed"])),
+            spread(arm["test_accuracy"]),
+            spread(arm["validation_accuracy"]),
+            f"{statistics.fmean(arm['parameters']):,.0f}",
+            f"{statistics.fmean(flops):.3g}",
+            f"{statistics.fmean(arm['growth_flops']) / statistics.fmean(flops):.1%}",
+            f"{statistics.fmean(arm['cpu_seconds']):.0f}",
+            f"{statistics.fmean(arm['latency_ms']):.1f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -1,0 +1,348 @@
+"""The proof's harness is honest: paired, repeatable, blind to the test set, and it notices who cheats."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.tolaria.data.splits import DataSet, Split
+from tests.benchmarks.growth import analysis, permit, report, training
+from tests.benchmarks.growth.analysis import DishonestRunsError
+from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, units
+from tests.benchmarks.growth.canary import easy_images
+from tests.benchmarks.growth.protocol import (
+    EXTEND,
+    GROWTH,
+    PROTOCOLS,
+    SIX,
+    Contrast,
+    Entry,
+    Growth,
+    Network,
+    Protocol,
+    Recipe,
+)
+from tests.benchmarks.growth.records import Records, code_hash, open_records, same_figures
+from tests.benchmarks.growth.services import LocalServices
+from tests.infrastructure.processes import ROOT
+
+ENTRY = Entry(
+    network=Network(widths=(2, 2, 3, 3, 4, 4)),
+    arms=("host", "tamiyo", "final_equal_flops", "off", "sweep", "transplant"),
+    seeds=(10, 11),
+    recipe=Recipe(batch_size=30, epochs=3),
+    growth=Growth(target_widths=(4, 4, 6, 6, 8, 8), window=(0.3, 0.6), decisions=2, health_samples=300),
+    sweep=((3, 3, 4, 4, 5, 5), (4, 4, 6, 6, 8, 8)),
+)
+TINY = Protocol(
+    name="growth",
+    entries={"balanced": ENTRY},
+    contrasts=(Contrast(name="over host", first="tamiyo", second=("host",), entries=("balanced",), primary=True),),
+)
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSet:
+    return easy_images()
+
+
+@pytest.fixture(scope="module")
+def make(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes a run of one arm, once; ``again=True`` makes it anew."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(arm: str, seed: int = 10, *, again: bool = False, **options: Any) -> dict[str, Any]:
+        unit = Unit("balanced", arm, seed)
+        if unit.name not in done or again:
+            given = {role: run(need.arm, need.seed) for role, need in needs(TINY, unit).items()}
+            folder = tmp_path_factory.mktemp(unit.name)
+            order = training.Order(entry=ENTRY, unit=unit, given=given, folder=folder)
+            record = training.run(order, data, LocalServices(folder), **options)
+            if again:
+                return record
+            done[unit.name] = record
+        return done[unit.name]
+
+    return run
+
+
+@pytest.fixture
+def runs(make: Make) -> dict[str, dict[str, Any]]:
+    """Honest runs of one seed, to be tampered with."""
+    return {f"balanced.{arm}.10": copy.deepcopy(make(arm)) for arm in ENTRY.arms if arm != "transplant"}
+
+
+def test_all_arms_of_a_seed_train_on_the_same_batches(runs: dict[str, dict[str, Any]], make: Make) -> None:
+    longest = max((run["batches"] for run in runs.values()), key=len)
+    assert len(set(longest)) == len(longest) >= 3
+    assert all(run["batches"] == longest[: len(run["batches"])] for run in runs.values())
+    assert make("host", 11)["batches"] != runs["balanced.host.10"]["batches"]
+    analysis.check(TINY, runs)
+
+
+@pytest.mark.parametrize("arm", ["host", "tamiyo"])
+def test_the_same_run_twice_is_bit_identical(arm: str, make: Make) -> None:
+    one, two = make(arm), make(arm, again=True)
+    timed = {"cpu_seconds", "growth_cpu_seconds", "wall_seconds", "latency_ms"}
+    assert {key: one[key] for key in one.keys() - timed} == {key: two[key] for key in two.keys() - timed}
+
+
+def test_the_platform_with_its_controller_off_changes_nothing(make: Make) -> None:
+    assert make("off")["weights"] == make("host")["weights"]
+    assert make("off")["growth_flops"] > 0, "it looked at the layers, and that is billed"
+
+
+def test_what_a_grown_run_grew_is_known(make: Make) -> None:
+    run = make("tamiyo")
+    assert any(run["plans"])
+    assert {seed["outcome"] for seed in run["seeds"]} <= {"FOSSILIZED", "CULLED"}
+    assert run["decision_epochs"] == [1, 2]
+    assert make("transplant")["plans"] == make("tamiyo", 11)["plans"]
+
+
+def test_equal_flops_are_equal(runs: dict[str, dict[str, Any]]) -> None:
+    grown, equal = runs["balanced.tamiyo.10"], runs["balanced.final_equal_flops.10"]
+    spent = grown["training_flops"] + grown["growth_flops"]
+    assert equal["training_flops"] == pytest.approx(spent, rel=1 / equal["steps"])
+    assert equal["widths"] == grown["widths"]
+    equal["training_flops"] *= 1.5
+    with pytest.raises(DishonestRunsError, match=r"final_equal_flops spent 1\.\d+ of tamiyo"):
+        analysis.check(TINY, runs)
+
+
+def test_an_arm_with_another_arms_data_order_is_caught(runs: dict[str, dict[str, Any]], make: Make) -> None:
+    runs["balanced.tamiyo.10"]["batches"] = make("tamiyo", 11)["batches"]
+    with pytest.raises(DishonestRunsError, match="trained on other batches"):
+        analysis.result(TINY, runs, None)
+
+
+def test_a_sweep_that_was_chosen_by_the_test_set_is_caught(runs: dict[str, dict[str, Any]]) -> None:
+    sweep = runs["balanced.sweep.10"]
+    accuracies = [shape["validation_accuracy"] for shape in sweep["sweep"]]
+    assert sweep["validation_accuracy"] == max(accuracies)
+    sweep["validation_accuracy"] -= 1
+    with pytest.raises(DishonestRunsError, match="is not the one it chose"):
+        analysis.check(TINY, runs)
+    sweep["chosen"] = 1 - sweep["chosen"]
+    sweep["sweep"][sweep["chosen"]]["validation_accuracy"] = min(accuracies) - 1
+    with pytest.raises(DishonestRunsError, match="which validation does not say"):
+        analysis.check(TINY, runs)
+
+
+def test_a_platform_that_changes_the_host_is_caught(runs: dict[str, dict[str, Any]]) -> None:
+    runs["balanced.off.10"]["weights"] = "0" * 64
+    with pytest.raises(DishonestRunsError, match="controller off changed the host"):
+        analysis.check(TINY, runs)
+
+
+def test_the_test_set_is_read_once_and_only_by_final_runs(data: DataSet, make: Make) -> None:
+    asked = []
+
+    def read() -> Split:
+        asked.append(1)
+        return data.read_test()
+
+    final = make("host", again=True, read_test=read)
+    assert len(asked) == 1
+    assert 0 <= final["test_accuracy"] <= 100
+    assert final["weights"] == make("host")["weights"]
+    assert make("host")["test_accuracy"] is None
+
+
+def test_no_test_set_before_the_protocol_is_committed(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    git("init", "-q")
+    with pytest.raises(permit.ProtocolNotCommittedError, match="is not committed"):
+        permit.require_committed(GROWTH, tmp_path)
+    path = permit.write(tmp_path)
+    with pytest.raises(permit.ProtocolNotCommittedError, match="is not committed"):
+        permit.require_committed(GROWTH, tmp_path)
+    git("add", "-A")
+    git("commit", "-qm", "fixed")
+    commit = permit.require_committed(GROWTH, tmp_path)
+    assert len(commit) == 40
+    assert permit.commit_of(tmp_path) == commit
+    changed = replace(GROWTH, confidence=0.9)
+    with pytest.raises(permit.ProtocolNotCommittedError, match="as committed is not the protocol growth as it is now"):
+        permit.require_committed(changed, tmp_path)
+    # A hash alone does not open it: the text must be the protocol's too.
+    forged = json.loads(path.read_text())
+    forged["growth"]["confidence"] = 0.5
+    for text in (json.dumps(forged), "no json"):
+        path.write_text(text)
+        git("commit", "-qam", "forged")
+        with pytest.raises(permit.ProtocolNotCommittedError):
+            permit.require_committed(GROWTH, tmp_path)
+
+
+def test_every_entry_can_be_run_and_every_contrast_is_about_arms_it_has() -> None:
+    assert set(SIX) <= GROWTH.entries.keys()
+    for protocol in PROTOCOLS.values():
+        for name, entry in protocol.entries.items():
+            assert set(entry.arms) <= ARMS.keys()
+            assert not set(entry.seeds) & set(protocol.tuning_seeds)
+            assert entry.network.why, name
+        for contrast in protocol.contrasts:
+            for name in contrast.entries:
+                assert {contrast.first, *contrast.second} <= set(protocol.entries[name].arms)
+    assert sum(contrast.primary for contrast in GROWTH.contrasts) == 2
+    assert len(GROWTH.entries["balanced"].seeds) == 12
+    assert len(GROWTH.entries["balanced"].sweep) == 4
+    assert GROWTH.hash != EXTEND.hash
+
+
+def test_units_wait_for_what_they_need_and_for_nothing_else() -> None:
+    for protocol in PROTOCOLS.values():
+        for tune in (False, True):
+            waiting = units(protocol, tune=tune)
+            done: dict[str, dict[str, Any]] = {}
+            assert len({unit.name for unit in waiting}) == len(waiting)
+            assert all((unit.seed in protocol.tuning_seeds) == tune for unit in waiting)
+            while waiting:
+                now = list(ready(protocol, waiting, done, tune=tune))
+                assert now, f"these wait for each other: {waiting}"
+                done |= {unit.name: {} for unit in now}
+                waiting = [unit for unit in waiting if unit not in now]
+    donor = needs(GROWTH, Unit("balanced", "transplant", 21))["donor"]
+    assert donor.seed == 10, "the last seed takes the first one's plan"
+
+
+def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    root, runs_folder = tmp_path / "repository", tmp_path / "runs"
+    file = root / "services" / "kasmina" / "engine.py"
+    file.parent.mkdir(parents=True)
+    figures = {"host": {"losses": [2.0, 1.0], "widths": [1], "batches": "a"}}
+    asked = []
+
+    def opened(change: str, losses: list[float], **options: Any) -> Records:
+        file.write_text(change)
+
+        def now() -> dict[str, dict[str, Any]]:
+            asked.append(change)
+            return {"host": {**figures["host"], "losses": losses}}
+
+        return open_records(TINY, figures=now, runs=runs_folder, root=root, **options)
+
+    first = opened("one", [2.0, 1.0])
+    assert opened("one", [0.0]).folder == first.folder
+    assert asked == ["one"], "known code is not run again"
+    assert opened("refactored", [2.0, 1.0001]).folder == first.folder
+    assert opened("refactored", [0.0]).folder == first.folder
+    assert opened("another rule", [2.0, 1.1]).folder != first.folder
+    assert opened("one", [0.0], tune=True).folder != first.folder
+    first.keep("balanced.host.10", {"seed": 10})
+    assert first.finished() == {"balanced.host.10": {"seed": 10}}
+    first.path("balanced.host.11").write_text("{")
+    with pytest.raises(ValueError, match="damaged: delete it"):
+        first.finished()
+    assert not same_figures(figures, {})
+    assert not same_figures(figures, {"host": {**figures["host"], "batches": "b"}})
+    assert len(code_hash(ROOT)) == 64
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def table(**arms: list[float | None]) -> dict[str, Any]:
+    made = {}
+    for name, test in arms.items():
+        seeds = list(range(10, 10 + len(test)))
+        figures: dict[str, list[float]] = {key: [1.0] * len(seeds) for key in analysis.FIGURES}
+        made[name] = {"seed": seeds, **figures, "test_accuracy": test}
+    return {"arms": made}
+
+
+def test_intervals_are_students() -> None:
+    found = analysis.compare([[1.0, 2.0, 3.0]], margin=None, confidence=0.95)
+    # mean 2, standard error 1 / sqrt 3, t(0.975, 2) = 4.3027
+    assert found["interval"] == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-3)
+    assert found["p"] == pytest.approx(0.0742, abs=1e-3)
+    assert found["holds"] is False
+    assert analysis.compare([[1.0]], margin=None, confidence=0.95)["interval"] is None
+    assert analysis.compare([[1.0, 1.0]], margin=None, confidence=0.95)["holds"] is None
+
+
+def test_not_worse_is_a_test_with_its_margin() -> None:
+    nearly = [-0.1, 0.0, -0.2, 0.1, -0.05, 0.0]
+    assert analysis.compare([nearly], margin=0.3, confidence=0.95)["holds"] is True
+    assert analysis.compare([nearly], margin=None, confidence=0.95)["holds"] is False
+    # No significant difference is no proof of equality.
+    assert analysis.compare([[-2.0, 2.0, -1.0, 1.0]], margin=0.3, confidence=0.95)["holds"] is False
+
+
+def test_entries_count_alike_whatever_their_seeds() -> None:
+    found = analysis.compare([[1.0, 1.2], [3.0, 3.1, 2.9, 3.0]], margin=None, confidence=0.95)
+    assert found["mean"] == pytest.approx((1.1 + 3.0) / 2)
+
+
+def test_the_best_of_several_is_what_counts() -> None:
+    protocol = replace(
+        TINY,
+        contrasts=(Contrast(name="best", first="tamiyo", second=("uniform", "random"), entries=("balanced",)),),
+    )
+    tables = {"balanced": table(tamiyo=[80.0, 81.0, 82.1], uniform=[80.0, 81.1, 82.0], random=[70.0, 71.0, 72.0])}
+    (found,) = analysis.contrasts(protocol, tables)
+    assert found["mean"] == pytest.approx(0.0, abs=1e-9)
+    assert found["holds"] is False
+    (unknown,) = analysis.contrasts(protocol, {"balanced": table(tamiyo=[1.0], uniform=[None], random=[1.0])})
+    assert unknown["mean"] is None
+    assert analysis.verdict(unknown) == "not measured"
+
+
+def test_holm() -> None:
+    assert analysis.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert analysis.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_the_json_has_its_form(runs: dict[str, dict[str, Any]]) -> None:
+    made = json.loads(json.dumps(analysis.result(TINY, runs, "c0ffee")))
+    assert made["protocol"]["hash"] == TINY.hash
+    assert made["protocol"]["commit"] == "c0ffee"
+    host = made["hosts"]["balanced"]["arms"]["host"]
+    assert {key: len(values) for key, values in host.items()} == dict.fromkeys(host, 1)
+    assert set(analysis.FIGURES) | {"seed", "widths"} == set(host)
+    assert host["test_accuracy"] == [None]
+    assert "transplant" not in made["hosts"]["balanced"]["arms"], "what was not run is absent"
+    assert any("over host: not measured" in line for line in analysis.lines(made))
+    extended = analysis.result(EXTEND, {}, None)
+    assert set(extended["budgets"]) == {"4", "10", "20"}
+    tuned = analysis.rates({"x": {**runs["balanced.host.10"], "rate": 0.6}})
+    assert "rate 0.6" in tuned[0]
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_repository_is_what_its_json_says() -> None:
+    text, drawings = report.pages(ROOT)
+    assert (ROOT / report.PAGE).read_text(encoding="utf-8") == text, "run python -m tests.benchmarks.growth --report"
+    for name, drawing in drawings.items():
+        assert (ROOT / report.FOLDER / name).read_text(encoding="utf-8") == drawing
+
+
+def test_a_page_with_figures(tmp_path: Path) -> None:
+    described = {"hash": TINY.hash, "commit": "c0ffee", **TINY.content()}
+    tables = {"balanced": table(host=[75.0, 76.0], tamiyo=[81.5, 82.0], off=[None, None])}
+    result = {"protocol": described, "hosts": tables, "contrasts": analysis.contrasts(TINY, tables)}
+    folder = tmp_path / "docs" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "growth.json").write_text(json.dumps(result))
+    page = report.write(tmp_path).read_text()
+    assert "75.50 ± 0.71" in page
+    assert "**over host** (primary): tamiyo minus host | 2 | +6.25 points" in page
+    assert "**Not complete**: 6 of the protocol's runs are missing" in page
+    assert "not measured" in page
+    drawing = (folder / "growth-balanced-flops.svg").read_text()
+    assert drawing.count("<circle") == 4, "two arms and their legend; what is not measured has no point"
+    assert "tamiyo" in drawing
