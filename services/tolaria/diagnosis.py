@@ -156,7 +156,7 @@ def cautions(diagnosis: Mapping[str, Any], chance: float) -> list[str]:
             f"Even the tightest layer uses no more than {needs[0]['utilization']:.0%} of its width: "
             "as far as this measure sees, width is not what it is short of."
         )
-    if any(layer["utilization"] is None for layer in diagnosis["layers"]):
+    if needs and len(needs) < len(diagnosis["layers"]):
         found.append("Layers that were not measured keep their width in the suggestion.")
     return found
 

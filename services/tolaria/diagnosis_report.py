@@ -72,9 +72,8 @@ def headline(diagnosis: Mapping[str, Any]) -> str:
 def notes(diagnosis: Mapping[str, Any]) -> list[str]:
     """What is said below the table."""
     layers = diagnosis["layers"]
-    found = [verdict(diagnosis)]
-    if any(layer["utilization"] is not None for layer in layers):
-        found.append(suggestion(diagnosis))
+    measured = any(layer["utilization"] is not None for layer in layers)
+    found = [verdict(diagnosis), *([suggestion(diagnosis)] if measured else [])]
     found += [f"Careful: {caution}" for caution in diagnosis["cautions"]]
     found += [
         f"{layer['layer']} was not measured: {layer['unmeasured_reason']}"
@@ -82,13 +81,11 @@ def notes(diagnosis: Mapping[str, Any]) -> list[str]:
         if layer["utilization"] is None
     ]
     found += [
-        f"{_name(item['layer'])} has no width that could change: {item['reason']}" for item in diagnosis["refused"]
+        f"{item['layer']} has no width that could change: {item['reason']}"
+        for item in diagnosis["refused"]
+        if item["layer"]  # why the whole network has none is the verdict
     ]
-    return [*found, LEGEND, *TRUST]
-
-
-def _name(path: str) -> str:
-    return path or "the network"
+    return [*found, LEGEND, *TRUST] if measured else found
 
 
 def show(diagnosis: Mapping[str, Any], out: TextIO) -> None:
@@ -164,7 +161,9 @@ def render(folder: Path, diagnosis: Mapping[str, Any]) -> str:
         section("How far to trust this", "".join(f"<p>{escape(line)}</p>" for line in TRUST)),
         section(
             "Layers without a width that could change",
-            table(["layer", "why"], [[_name(item["layer"]), item["reason"]] for item in diagnosis["refused"]]),
+            table(
+                ["layer", "why"], [[item["layer"] or "the network", item["reason"]] for item in diagnosis["refused"]]
+            ),
             wide=True,
         ),
         section("Configuration", _config(folder / "config.yaml"), wide=True),
