@@ -112,7 +112,10 @@ def judge(summary: Mapping[str, Any]) -> Verdict:
     costs = {name: _share_of_cost(arms[name], arms[GROWN]) for name in found}
     host, bigger = found.get("host"), found.get("bigger")
     notes = _notes(found)
-    if (summary.get("adaptations") or {}).get("fossilized") == 0:
+    adaptations = summary.get("adaptations") or {}
+    if adaptations.get("started") == 0:
+        return _verdict("not_compared", "Nothing was grown: growth was off, or no layer was in need.", notes=notes)
+    if adaptations.get("fossilized") == 0:
         return _verdict("no_gain", "No seed was kept: the network is the host it began as.", notes=notes)
     if host is None and bigger is None:
         reason = (

@@ -108,7 +108,8 @@ def run(spent: dict[str, float] | None = None, **comparisons: Any) -> dict[str, 
         (run(host=SAME, bigger=BETTER), "no_gain", "is not shown to be better than the same host"),
         (run(host=WORSE), "no_gain", "The grown network is worse than the same host"),
         ({**run(host=BETTER), "start_accuracy": 75.0}, "grow", "better than the trained host trained on"),
-        ({**run(host=BETTER), "adaptations": {"fossilized": 0}}, "no_gain", "No seed was kept"),
+        ({**run(host=BETTER), "adaptations": {"started": 1, "fossilized": 0}}, "no_gain", "No seed was kept"),
+        ({**run(), "adaptations": {"started": 0, "fossilized": 0}}, "not_compared", "Nothing was grown"),
     ],
 )
 def test_every_outcome_has_its_verdict(summary: dict[str, Any], choice: str, words: str) -> None:
