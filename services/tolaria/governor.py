@@ -19,6 +19,9 @@ from services.chassis.config.schema import GovernorConfig
 _MAD_TO_SIGMA: Final = 1.4826
 #: The deviation is taken for at least this share of the median: a loss that hardly moves must not alarm by a whisker.
 _MIN_RELATIVE_SIGMA: Final = 0.02
+#: Explosion: a loss this many times the one the run began with, at once and before there are any statistics. A network
+#: that exploded often comes back with dead units and the loss of guessing, which looks calm.
+_EXPLOSION: Final = 1000.0
 #: Collapse: accuracy back at chance (times this) after it was this many times as good.
 _CHANCE_MARGIN: Final = 1.2
 _ABOVE_CHANCE: Final = 2.0
@@ -41,6 +44,8 @@ class Governor:
     rollbacks: int = 0
     asked_for: int = 0
     best_accuracy: float = 0.0
+    #: Size of the first loss; None before it.
+    _first: float | None = None
     _losses: deque[float] = field(default_factory=deque)
     #: The same in ascending order: this is asked at every step, and sorting the window twice would be felt there.
     _ordered: list[float] = field(default_factory=list)
@@ -52,6 +57,10 @@ class Governor:
             return None
         if not math.isfinite(loss):
             return Instability(f"the loss is {loss}")
+        if self._first is None:
+            self._first = abs(loss)
+        elif loss > _EXPLOSION * self._first > 0:
+            return Instability(f"the loss exploded to {loss:.4g}; it began at {self._first:.4g}")
         if len(self._losses) < self.config.window_steps // 2:
             self._take_in(loss)
             return None
@@ -102,10 +111,16 @@ class Governor:
 
     def state(self) -> dict[str, object]:
         """As JSON, for checkpoints and snapshots; counts of rollbacks are not in it: they outlive a rollback."""
-        return {"losses": list(self._losses), "spikes": self._spikes, "best_accuracy": self.best_accuracy}
+        return {
+            "losses": list(self._losses),
+            "spikes": self._spikes,
+            "best_accuracy": self.best_accuracy,
+            "first": self._first,
+        }
 
-    def restore(self, losses: Sequence[float], spikes: int, best_accuracy: float) -> None:
+    def restore(self, *, losses: Sequence[float], spikes: int, best_accuracy: float, first: float | None) -> None:
         """The inverse of :meth:`state`."""
+        self._first = first
         self._losses = deque(losses)
         self._ordered = sorted(losses)
         self._spikes = spikes

@@ -21,6 +21,7 @@ from esper.tolaria.v1 import run_pb2
 from services.chassis.config.schema import EsperConfig
 from services.chassis.telemetry import ROOT, Telemetry, current_traceparent, link_to
 from services.kasmina.engine import GrowthEngine
+from services.kasmina.errors import GrowthError
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import Contribution, HealthReport, Replacement
 from services.tolaria import budget, calibration, checkpoint
@@ -646,7 +647,7 @@ class TolariaTrainer:
     def resume(self) -> None:
         """Go on from the newest checkpoint (without one: from the beginning) and replay the journal from there.
 
-        Raises CheckpointError when it is damaged or belongs to another run.
+        Raises CheckpointError when it is damaged, belongs to another run or to another network.
         """
         assert self.checkpoints is not None, "an arm without checkpoints cannot be resumed"
         steps = self.checkpoints.steps()
@@ -671,7 +672,13 @@ class TolariaTrainer:
         self.journal.position = values["journal_position"]
         # The last good state may lie before the checkpoint; a resumed run must fall back to the same one.
         good = _nested(state)
-        self.restore(state)
+        try:
+            self.restore(state)
+        except (GrowthError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {steps[-1]} does not fit the network that the configuration makes now "
+                f"({error}); put the code behind model.factory back as it was, or start a new run"
+            ) from error
         self.last_good = good if good is not None else state.detached()
         self.reporter.rewind(self.step)
         self.reporter.checkpointed(self.step)
@@ -705,13 +712,18 @@ class TolariaTrainer:
         from_step = self.step
         assert self.last_good is not None, "there is a good state from the first step on"
         if self.governor.patience_spent:
+            way_out = "try a lower training.optimizer.learning_rate"
+            if from_step == 0:
+                way_out = "it was so before the first update: look for NaN in the data, model.weights and the task"
             raise TrainingFailedError(
                 f"training is unstable at step {from_step} ({unstable.reason}) "
-                f"after {self.governor.own_rollbacks} rollbacks; try a lower training.optimizer.learning_rate"
+                f"after {self.governor.own_rollbacks} rollbacks; {way_out}"
             )
+        broken = self._broken_seeds()
         self.restore(self.last_good)
         self.governor.rollbacks += 1
         blamed = [record.seed for record in self.coordinator.alive() if record.state in _ROLLBACK_STATES]
+        blamed = [seed for seed in blamed if seed in broken] or blamed
         if blamed:
             transitions = self.engine.roll_back(blamed, step=self.step, reason=unstable.reason)
             self.coordinator.follow(transitions, self.epoch)
@@ -719,6 +731,15 @@ class TolariaTrainer:
             self.optimizer.rate_scale *= self.config.governor.rate_scale
         self.reporter.rolled_back(from_step=from_step, to_step=self.step, reason=unstable.reason, seeds=blamed)
         self._remember()
+
+    def _broken_seeds(self) -> set[str]:
+        """Seeds whose own weights are not finite while the host's are: it is plain who broke the training."""
+        broken = {
+            group.name
+            for group in self.engine.parameter_groups()
+            if not all(bool(parameter.isfinite().all()) for parameter in group.parameters)
+        }
+        return set() if "host" in broken else broken
 
     def _roll_back_to_checkpoint(self, command: Command) -> None:
         """A caller's rollback, journaled like all that changes a run; refused when the checkpoint is not there."""

@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from esper.kasmina.v1 import seed_pb2
 from esper.tamiyo.v1 import observation_pb2
 from esper.tolaria.v1 import run_pb2
 from services.blueprints.spec import Blueprint
 from services.kasmina.lifecycle import SeedState
+from services.kasmina.model import SlotOccupancy
 from services.tamiyo import wire
 from services.tamiyo.observation import cost_of
 from services.tolaria import controls, models
-from services.tolaria.checkpoint import CheckpointStore
+from services.tolaria.checkpoint import CheckpointStore, State
 from services.tolaria.errors import BudgetError, CheckpointError, JournalError, TestSetTouchedError, TrainingFailedError
 from services.tolaria.export import changes, export
 from services.tolaria.interrupt import TrainingInterruptedError
@@ -658,6 +660,115 @@ def test_a_collapse_to_chance_is_rolled_back(tmp_path: Path) -> None:
     trainer.governor.observe_accuracy = lambda accuracy: observe(next(answers, accuracy))  # type: ignore[method-assign]  # one collapse
     trainer.train()
     assert trainer.governor.rollbacks == 1
+
+
+@pytest.mark.parametrize(("rate", "scale", "recovers"), [(20.0, 0.01, True), (1e4, 0.5, False)])
+def test_a_rate_a_hundred_times_too_high_is_found_and_lowered_or_named(
+    tmp_path: Path, rate: float, scale: float, recovers: bool
+) -> None:
+    """Real losses: they explode within a few steps, before there are statistics, and some networks die of it calmly."""
+    config = config_of(training={"epochs": 8, "optimizer": {"learning_rate": rate}}, governor={"rate_scale": scale})
+    trainer = Harness(tmp_path, config).trainer(grow=False)
+    if recovers:
+        assert trainer.train().test_accuracy > 25
+        assert trainer.governor.rollbacks == 1
+        assert trainer.optimizer.rate_scale == scale
+        return
+    with pytest.raises(TrainingFailedError, match=r"the loss .* after 3 rollbacks; try a lower training\.optimizer"):
+        trainer.train()
+
+
+def test_a_rate_that_leaps_in_the_middle_of_a_run_is_taken_back(tmp_path: Path) -> None:
+    trainer = Harness(tmp_path, config_of(training={"epochs": 8})).trainer(grow=False)
+    make = trainer.train_step
+    leapt: list[int] = []
+
+    def leaping() -> None:
+        if trainer.step == 30 and not leapt:
+            leapt.append(trainer.step)
+            trainer.optimizer.rate_scale *= 100
+        make()
+
+    trainer.train_step = leaping  # type: ignore[method-assign]  # what a wrong schedule would do
+    assert trainer.train().test_accuracy > 25
+    assert trainer.governor.rollbacks == 1
+    assert trainer.optimizer.rate_scale == 0.5
+
+
+def test_a_seed_whose_weights_break_is_blamed_alone_and_leaves_no_trace(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(growth={"evaluation": {"threshold": -100.0, "min_epochs": 3}}), ONCE)
+    trainer = harness.trainer()
+    make = trainer.train_step
+    seen: list[State] = []
+
+    def breaking() -> None:
+        if trainer.step == 16 and not seen:
+            assert trainer.last_good is not None
+            seen.append(trainer.last_good)
+            groups = {group.name: group for group in trainer.engine.parameter_groups()}
+            with torch.no_grad():
+                groups["seed-2"].parameters[0].fill_(float("nan"))
+        make()
+
+    trainer.train_step = breaking  # type: ignore[method-assign]  # a bit flip, a bad kernel
+    roll_back = trainer._roll_back
+    after: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+
+    def looking(unstable: Any) -> None:
+        roll_back(unstable)
+        moments = {name: value.clone() for name, value in trainer.optimizer.state().items()}
+        after.append((trainer.step, weights(trainer), moments))
+
+    trainer._roll_back = looking  # type: ignore[method-assign]  # a look right after the rollback
+    trainer.train()
+    ((step, restored, moments),) = after
+    good = seen[0]
+    assert step == good.values["step"]
+    # Bit for bit what it was, but for the seed: the other one and the host keep their weights and their momentum.
+    kept = {name: value for name, value in restored.items() if f"model/{name}" in good.tensors}
+    assert kept
+    assert all(torch.equal(value, good.tensors[f"model/{name}"]) for name, value in kept.items())
+    assert all(torch.equal(value, good.tensors[f"optimizer/{name}"]) for name, value in moments.items())
+    assert moments
+    groups = [group.name for group in trainer.engine.parameter_groups()]
+    assert "seed-2" not in groups
+    one, two = trainer.engine.seeds()
+    assert (one.outcome, two.outcome) == (SeedState.FOSSILIZED, SeedState.ROLLED_BACK)
+    status = trainer.engine.slot_status(two.slot, 3)
+    assert status.occupancy is SlotOccupancy.LOCKED
+    assert status.penalties[two.blueprint] > 0
+    assert two.blueprint in trainer.engine.state()["quarantined"]
+    # Tamiyo hears of it, and the run goes on at its own rate.
+    told = {outcome.seed.rsplit("/", 1)[-1]: outcome.state for outcome in harness.scripted.outcomes}
+    assert told["seed-2"] == seed_pb2.SEED_STATE_ROLLED_BACK
+    assert trainer.optimizer.rate_scale == 1.0
+    assert trainer.step == trainer.total_steps
+
+
+def test_a_loss_that_never_was_a_number_ends_the_run_with_what_to_look_at(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of())
+    build = harness.build_host
+
+    def build_broken() -> torch.nn.Module:
+        model = build()
+        with torch.no_grad():
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(float("nan"))
+        return model
+
+    trainer = harness.trainer(grow=False, build_host=build_broken)
+    with pytest.raises(TrainingFailedError, match=r"at step 0 .*after 3 rollbacks; it was so before the first update"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, config_of(training={"epochs": 2}))
+    first = harness.trainer(grow=False)
+    first.train()
+    first.journal.close()
+    other = Harness(tmp_path / "other", config_of(model={"widths": [2, 4]}))
+    changed = harness.trainer(grow=False, build_host=other.build_host)
+    with pytest.raises(CheckpointError, match=r"step 18 does not fit the network .*put the code behind model"):
+        changed.resume()
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------

@@ -320,6 +320,16 @@ def test_governor_can_be_switched_off_and_has_patience() -> None:
     assert governor.patience_spent
 
 
+def test_governor_sees_an_explosion_at_once_and_before_any_statistics() -> None:
+    governor = Governor(GovernorConfig(), chance=10.0)
+    assert [governor.observe_loss(loss) for loss in (2.5, 40.0, 2400.0)] == [None] * 3
+    unstable = governor.observe_loss(2600.0)
+    assert unstable is not None
+    assert "exploded to 2600; it began at 2.5" in unstable.reason
+    perfect = Governor(GovernorConfig(), chance=10.0)
+    assert [perfect.observe_loss(loss) for loss in (0.0, 1e-3)] == [None] * 2, "nothing is a thousand times nothing"
+
+
 def test_governor_state_comes_back() -> None:
     one, two = Governor(GovernorConfig(), chance=10.0), Governor(GovernorConfig(), chance=10.0)
     for loss in noisy_losses(40):
