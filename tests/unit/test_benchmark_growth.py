@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from services.tolaria.data.splits import DataSet, Split
-from tests.benchmarks.growth import analysis, permit, report, training
+from tests.benchmarks.growth import analysis, hosts, permit, report, training
 from tests.benchmarks.growth.analysis import DishonestRunsError
 from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, units
 from tests.benchmarks.growth.canary import easy_images
@@ -186,11 +187,39 @@ def test_no_test_set_before_the_protocol_is_committed(tmp_path: Path) -> None:
             permit.require_committed(GROWTH, tmp_path)
 
 
+def test_probes_widen_one_layer_each_at_equal_cost(data: DataSet) -> None:
+    host = hosts.forward_flops(ENTRY, ENTRY.network.widths, data)
+    for layer, own in enumerate(ENTRY.network.widths):
+        widths = training.probed(ENTRY, layer, 2.0, data)
+        assert widths[layer] > own
+        assert widths[:layer] + widths[layer + 1 :] == ENTRY.network.widths[:layer] + ENTRY.network.widths[layer + 1 :]
+        one_more = (*widths[:layer], widths[layer] + 1, *widths[layer + 1 :])
+        assert hosts.forward_flops(ENTRY, widths, data) <= 2 * host < hosts.forward_flops(ENTRY, one_more, data)
+    assert {unit.arm for unit in units(GROWTH, tune=True)} >= {f"probe_{layer}" for layer in range(6)}
+    assert not any(unit.arm.startswith("probe") for unit in units(GROWTH))
+
+
+@pytest.mark.parametrize("name", ["narrow_not_needy", "wide_but_needy", "mlp"])
+def test_every_kind_of_host_is_built_with_its_widths(name: str, data: DataSet) -> None:
+    entry = GROWTH.entries[name]
+    before = torch.get_rng_state()
+    model = hosts.build(entry, entry.network.widths, data, 0)
+    assert torch.equal(torch.get_rng_state(), before), "its draw is its own"
+    assert hosts.widths_of(model) == entry.network.widths
+    assert model(data.normalization(data.training.images[:2])).shape == (2, data.classes)
+    assert entry.growth.target_widths is not None
+    growth = hosts.forward_flops(entry, entry.growth.target_widths, data) / hosts.forward_flops(
+        entry, entry.network.widths, data
+    )
+    assert 2.0 < growth < 4.5
+    assert hosts.parameters(entry, entry.network.widths, data) == sum(p.numel() for p in model.parameters())
+
+
 def test_every_entry_can_be_run_and_every_contrast_is_about_arms_it_has() -> None:
     assert set(SIX) <= GROWTH.entries.keys()
     for protocol in PROTOCOLS.values():
         for name, entry in protocol.entries.items():
-            assert set(entry.arms) <= ARMS.keys()
+            assert set(entry.arms) <= ARMS.keys() & report.ARMS.keys()
             assert not set(entry.seeds) & set(protocol.tuning_seeds)
             assert entry.network.why, name
         for contrast in protocol.contrasts:

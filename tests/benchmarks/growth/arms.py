@@ -18,7 +18,8 @@ class Arm:
 
     Attributes:
         kind: ``static`` does not grow, ``grown`` does, ``sweep`` trains several static shapes and keeps one.
-        shape: Of a static arm: the ``host``, the ``final`` shape of the run it follows, the ``target`` of the budget.
+        shape: Of a static arm: the ``host``, the ``final`` shape of the run it follows, the ``target`` of the budget,
+            or the host with one ``layer`` widened, a ``probe``.
         length: As many ``epochs`` as the recipe says; until as many ``flops`` or CPU seconds (``time``) are spent as
             by the run it follows, growth included.
         policy: Of a growing arm; ``None`` decides nothing.
@@ -30,7 +31,7 @@ class Arm:
     """
 
     kind: Literal["static", "grown", "sweep"] = "static"
-    shape: Literal["host", "final", "target"] = "host"
+    shape: Literal["host", "final", "target", "probe"] = "host"
     length: Literal["epochs", "flops", "time"] = "epochs"
     policy: str | None = None
     rate: str = "host"
@@ -38,6 +39,7 @@ class Arm:
     timed_by: str | None = None
     donor: str | None = None
     trained: bool = False
+    layer: int = 0
 
 
 def _rule(policy: str | None, **more: Any) -> Arm:
@@ -63,6 +65,7 @@ ARMS: Final[Mapping[str, Arm]] = {
     "grown_uniform": _rule("uniform", trained=True),
     "trained_on": Arm(length="flops", rate="trained_on", follows="grown", trained=True),
     "from_scratch": Arm(shape="target", length="flops", rate="wide", follows="grown"),
+    **{f"probe_{layer}": Arm(shape="probe", layer=layer) for layer in range(6)},
 }
 
 
@@ -88,6 +91,8 @@ def units(protocol: Protocol, *, tune: bool = False) -> list[Unit]:
     for name, entry in protocol.entries.items():
         for seed in protocol.tuning_seeds if tune else entry.seeds:
             found += [Unit(name, arm, seed, rate) for arm in entry.arms for rate in _rates(protocol, arm, tune)]
+            if tune and name in protocol.probed:
+                found += [Unit(name, f"probe_{layer}", seed) for layer in range(len(entry.network.widths))]
     return found
 
 

@@ -106,6 +106,10 @@ class Protocol:
     confidence: float = 0.95
     tuning_seeds: tuple[int, ...] = (0, 1, 2, 3)
     tuning_rates: tuple[float, ...] = (0.3, 0.4, 0.6, 0.8)
+    #: Hosts whose layers are widened one by one while tuning, each to ``probe_factor`` times the host's forward FLOPs:
+    #: whether a layer is in need is shown by what its width is worth, not by how the host was meant.
+    probed: tuple[str, ...] = ()
+    probe_factor: float = 1.25
 
     def content(self) -> dict[str, Any]:
         """As JSON."""
@@ -145,6 +149,7 @@ def _host(
 
 GROWTH: Final = Protocol(
     name="growth",
+    probed=("balanced", "narrow_not_needy", "wide_but_needy"),
     entries={
         "balanced": Entry(
             network=Network(why="no layer is shorter of width than another: the hardest host for any rule to gain on"),
@@ -173,7 +178,7 @@ GROWTH: Final = Protocol(
             "of every 4x4 patch, which those behind it no longer see",
             (16, 12, 12, 12, 12, 12),
             "patches",
-            (32, 24, 24, 24, 24, 24),
+            (36, 30, 30, 30, 30, 30),
         ),
         "small": Entry(
             network=Network(why="the record for a grown net of at most 62.7k parameters (84.1 % after 300 epochs)"),

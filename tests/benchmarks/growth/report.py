@@ -23,7 +23,7 @@ once per finished run after the protocol was committed. Contrasts are paired by 
 same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts are corrected by Holm's
 method. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
 """
-_ARMS: Final[Mapping[str, str]] = {
+ARMS: Final[Mapping[str, str]] = {
     "host": "the host, not grown",
     "host_equal_flops": "the host, trained until it cost as much as the grown run",
     "final_equal_epochs": "the grown run's final shape from scratch, as many epochs",
@@ -128,7 +128,7 @@ def _table(arms: Mapping[str, Any]) -> str:
     for name, arm in arms.items():
         flops = [one + other for one, other in zip(arm["training_flops"], arm["growth_flops"], strict=True)]
         cells = [
-            f"`{name}`: {_ARMS[name]}",
+            f"`{name}`: {ARMS[name]}",
             str(len(arm["seed"])),
             spread(arm["test_accuracy"]),
             spread(arm["validation_accuracy"]),

@@ -59,6 +59,7 @@ class Order:
     folder: Path
     weights: Path | None = None
     save_weights: Path | None = None
+    probe_factor: float = 1.25
 
 
 class HashedBatches(Batches):
@@ -227,6 +228,8 @@ class _Run:
             widths = _target(self.entry)
         elif self.arm.shape == "final":
             widths = tuple(self.order.given["follows"]["widths"])
+        elif self.arm.shape == "probe":
+            widths = probed(self.entry, self.arm.layer, self.order.probe_factor, self.data)
         flops = hosts.forward_flops(self.entry, widths, self.data)
         trainer = self._trainer(OfflineMesh(), widths, steps=self._steps(flops))
         return trainer, trainer.train(), {}
@@ -376,6 +379,19 @@ class _Run:
         trainer = TolariaTrainer(**{**arguments, **changes})
         trainer.batches = HashedBatches.beside(trainer.batches)
         return trainer
+
+
+def probed(entry: Entry, layer: int, factor: float, data: DataSet) -> tuple[int, ...]:
+    """The host's widths with one layer as wide as ``factor`` times the host's forward FLOPs allow."""
+    own = entry.network.widths
+    cost = hosts.forward_flops(entry, own, data)
+    # In a chain the cost is linear in the width of one layer.
+    channel = hosts.forward_flops(entry, _wider(own, layer, 1), data) - cost
+    return _wider(own, layer, int((factor - 1) * cost / channel))
+
+
+def _wider(widths: tuple[int, ...], layer: int, by: int) -> tuple[int, ...]:
+    return (*widths[:layer], widths[layer] + by, *widths[layer + 1 :])
 
 
 def _target(entry: Entry) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ def obey(order: Mapping[str, Any], mesh: Path, data_dir: Path) -> dict[str, Any]
             folder=Path(folder),
             weights=order["weights"] and Path(order["weights"]),
             save_weights=order["save_weights"] and Path(order["save_weights"]),
+            probe_factor=protocol.probe_factor,
         )
         run = partial(training.run, made, data, SharedServices(mesh), data_dir=data_dir)
         return run(read_test=read_test if order["final"] else None, progress=ProgressWriter(_Voice()))
