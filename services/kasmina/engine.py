@@ -369,7 +369,7 @@ class GrowthEngine:
             flops=family.flops(manifest.parameters, interface, record.size) or 0,
         )
         if record.slot in self._analysis.slots:
-            blends = self._network.blends(record.slot) and self._settings.blend_steps > 0
+            blends = self._network.blends(record.slot)
             self._update(seed_id, alpha=0.0 if blends else 1.0, graft_epoch=self._epoch)
             done.append(self._move(seed_id, SeedState.GRAFTING, step, "widened, output unchanged"))
             if not blends:

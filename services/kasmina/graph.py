@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from services.blueprints.vocabulary import Operation
 from services.kasmina.channels import Axis
 from services.kasmina.model import SPAN_PREFIX
-from services.kasmina.propagation import MULTIPLYING, NORMALIZING, Product, Propagation, Use
+from services.kasmina.propagation import MULTIPLYING, NORMALIZING, Propagation, Use
 
 BLENDED = frozenset({Operation.LAYER_NORM, Operation.RMS_NORM})
 """Followers whose statistics newborn channels would change at once: they come in by degrees."""
@@ -276,7 +276,7 @@ def _unfit(model: nn.Module, calls: _Calls) -> dict[str, str]:
     """Layers and Parameters that cannot be taken apart, with the reason, judged without looking at the graph."""
     owners: dict[int, int] = defaultdict(int)
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners[id(parameter)] += 1
     reasons: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -345,6 +345,19 @@ def _span_slots(model: nn.Module, calls: _Calls, sites: Mapping[str, Site]) -> d
     return spans
 
 
+@dataclass(slots=True)
+class _Multiples:
+    """Costs that are multiples of widths which are nobody's channels there, as heads in a product of an attention.
+
+    Attributes:
+        products: FLOPs of products that are no layers, with the slots they are multiples of.
+        spread: Slots among the positions that a layer is applied at, by its path.
+    """
+
+    products: list[tuple[float, tuple[str, ...]]] = field(default_factory=list)
+    spread: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
 class _Bill:
     """Summands of a cost, by the slots whose widths they are multiples of."""
 
@@ -370,10 +383,10 @@ def _costs(
     calls: _Calls,
     sites: Mapping[str, Site],
     widths: Mapping[str, int],
-    products: Sequence[tuple[float, tuple[str, ...]]],
+    multiples: _Multiples,
 ) -> tuple[Cost, ...]:
     bill = _Bill(widths)
-    for flops, slots in products:
+    for flops, slots in multiples.products:
         bill.add([(Part(slot, 1),) for slot in slots], flops, 0.0)
     billed: set[int] = set()
     for path, module in model.named_modules():
@@ -385,7 +398,7 @@ def _costs(
             flops = sum(2.0 * module.weight[0].numel() * math.prod(s[1:]) for s in calls.outputs[path])
         elif isinstance(module, NORMALIZING):
             flops = sum(2.0 * math.prod(s[1:]) for s in calls.outputs[path])
-        bill.add(sides, flops, 0.0)
+        bill.add([*sides, *((Part(slot, 1),) for slot in multiples.spread.get(path, ()))], flops, 0.0)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in billed:
                 continue
@@ -423,14 +436,15 @@ def analyze(model: nn.Module, example: Tensor) -> Analysis:
             runs[-1].run(calls.arguments[path])
     slots: dict[str, WidthSlot] = {}
     sites: dict[str, Site] = {}
-    products: list[tuple[float, tuple[str, ...]]] = []
+    multiples = _Multiples()
     for run in runs:
         names = _width_slots(model, run, slots, refused)
         sites |= _sites(model, run, names)
-        products += [_billed(product, run, names) for product in run.products]
+        multiples.products += [(product.flops, _slots_of(product.axes, run, names)) for product in run.products]
+        multiples.spread |= {path: _slots_of(axes, run, names) for path, axes in run.spread.items()}
     widths = {name: slot.width for name, slot in slots.items()}
     shapes = {p: (calls.inputs[p][0][1:], calls.outputs[p][0][1:]) for p in calls.inputs if calls.count[p] == 1}
-    costs = _costs(model, calls, sites, widths, products)
+    costs = _costs(model, calls, sites, widths, multiples)
     return Analysis(slots, _span_slots(model, calls, sites), dict(refused), sites, shapes, costs)
 
 
@@ -550,9 +564,9 @@ def _sites(model: nn.Module, run: Propagation, names: Mapping[int, str]) -> dict
     return sites
 
 
-def _billed(product: Product, run: Propagation, names: Mapping[int, str]) -> tuple[float, tuple[str, ...]]:
-    roots = [root for axis in product.axes for root in _roots(run, axis)]
-    return product.flops, tuple(names[root] for root in roots if root in names)
+def _slots_of(axes: Sequence[Axis], run: Propagation, names: Mapping[int, str]) -> tuple[str, ...]:
+    roots = [root for axis in axes for root in _roots(run, axis)]
+    return tuple(names[root] for root in roots if root in names)
 
 
 __all__ = ["Analysis", "Cost", "Part", "Site", "SpanSlot", "WidthSlot", "analyze", "undisturbed"]

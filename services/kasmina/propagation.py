@@ -181,6 +181,8 @@ class Propagation(fx.Interpreter):
         self.uses: list[Use] = []
         self.fetched: set[str] = set()
         self.products: list[Product] = []
+        #: Axes that can grow of the positions a layer is applied at, by its path: its FLOPs are a multiple of them.
+        self.spread: dict[str, tuple[Axis, ...]] = {}
         self._sizes: dict[fx.Node, Axis | None] = {}
         self._held: dict[str, Labels] = {}
         self._from_parameter: dict[fx.Node, str] = {}
@@ -277,6 +279,7 @@ class Propagation(fx.Interpreter):
             if kind is nn.Linear:
                 axis = self.channels.new(result.shape[-1])
                 self._use(path, Operation.LINEAR, axis, labels[-1], follower=False)
+                self.spread[path] = self._growing(labels[:-1])
                 return (*labels[:-1], axis)
             if isinstance(module, NORMALIZING):
                 return self._label_normalization(path, module, labels)
@@ -328,7 +331,7 @@ class Propagation(fx.Interpreter):
     def _label_convolution(self, path: str, module: nn.Module, labels: Labels, result: Tensor) -> Labels:
         convolution = cast("nn.Conv2d", module)
         ordinary, depthwise = CONVOLUTIONS[type(module)]
-        self.channels.pin(labels[2:], f"{path} convolves along it")
+        self.channels.pin((labels[0], *labels[2:]), f"{path} convolves along it")
         incoming = labels[1]
         behind = (None,) * (result.dim() - 2)
         if convolution.groups > 1 and convolution.groups == convolution.in_channels:
@@ -346,9 +349,11 @@ class Propagation(fx.Interpreter):
     def _label_normalization(self, path: str, module: nn.Module, labels: Labels) -> Labels:
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             self._use_layer_norm(path, module, labels)
+            self.spread[path] = self._growing(labels[: -len(module.normalized_shape)])
         elif isinstance(module, nn.GroupNorm):
             self._use_group_norm(path, module, labels)
         else:
+            self.channels.pin((labels[0], *labels[2:]), f"{path} normalizes over it")
             self._use(path, BATCH_NORMALIZATIONS[type(module)], labels[1], None, follower=True)
         return labels
 

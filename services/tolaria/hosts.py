@@ -3,12 +3,17 @@
 ``ConvolutionalHost`` is a small VGG-like network: groups of two 3x3 convolutions, each with batch normalization and
 GELU, max pooling between, global max pooling at the end and a linear head scaled by 0.5 (after K. Jordan, "94% on
 CIFAR-10 in 3.29 seconds", 2024). Images of 16 pixels or more enter through a fixed 2x2 whitening.
+
+``ResidualHost`` is a small residual network with batch normalization (He et al. 2015, arXiv:1512.03385), one stage for
+each width. ``VisionTransformerHost`` is a small vision transformer that normalizes first (Dosovitskiy et al. 2020,
+arXiv:2010.11929): its residual stream, the heads of its attentions and their hidden layers can all grow, because query,
+key and value are layers of their own, and the number of heads is written nowhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +21,8 @@ from torch.nn import functional as F
 
 HEAD_SCALE = 0.5
 WHITENING_SIZE = 2
+HEAD_FEATURES = 8
+"""Features of one head of an attention; heads are added, never widened."""
 
 
 class WhiteningStem(nn.Module):
@@ -117,10 +124,132 @@ class MultilayerPerceptron(nn.Module):
         return logits
 
 
+class ResidualBlock(nn.Module):
+    """conv 3x3, normalization, GELU, conv 3x3, normalization, beside a shortcut; GELU of the sum."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, inputs, H, W] to [N, width, H / stride, W / stride]."""
+        inner = F.gelu(self.norm1(self.conv1(images)))
+        return F.gelu(self.norm2(self.conv2(inner)) + self.shortcut(images))
+
+
+class ResidualHost(nn.Module):
+    """Two residual blocks for each of ``widths`` over images of ``input_shape`` (C, H, W).
+
+    Every stage but the first halves the size.
+    """
+
+    def __init__(self, input_shape: Sequence[int], classes: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        if min(input_shape[1:]) < 2 ** (len(widths) - 1):
+            raise ValueError(f"{len(widths)} stages halve images of {tuple(input_shape)} to nothing")
+        self.stem = nn.Conv2d(input_shape[0], widths[0], 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        blocks: list[nn.Module] = []
+        channels = widths[0]
+        for index, width in enumerate(widths):
+            blocks += [ResidualBlock(channels, width, 2 if index else 1), ResidualBlock(width, width, 1)]
+            channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalized images [N, C, H, W] to logits [N, classes]."""
+        features = self.blocks(F.gelu(self.norm(self.stem(images))))
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+class Attention(nn.Module):
+    """Self-attention of ``heads`` heads (Vaswani et al. 2017, arXiv:1706.03762) whose number can grow."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(features, heads * HEAD_FEATURES)
+        self.key = nn.Linear(features, heads * HEAD_FEATURES)
+        self.value = nn.Linear(features, heads * HEAD_FEATURES)
+        self.out = nn.Linear(heads * HEAD_FEATURES, features)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, T, features] to the same shape."""
+        query, key, value = (self._heads(layer(tokens)) for layer in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        # -1: as many heads as there are.
+        return tokens.view(tokens.shape[0], tokens.shape[1], -1, HEAD_FEATURES).transpose(1, 2)
+
+
+class EncoderBlock(nn.Module):
+    """Attention, then a perceptron of one ``hidden`` layer, each normalized before and added to the stream."""
+
+    def __init__(self, features: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(features)
+        self.attention = Attention(features, heads)
+        self.norm2 = nn.LayerNorm(features)
+        self.expand = nn.Linear(features, hidden)
+        self.project = nn.Linear(hidden, features)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, T, features] to the same shape."""
+        tokens = tokens + self.attention(self.norm1(tokens))
+        out: Tensor = tokens + self.project(F.gelu(self.expand(self.norm2(tokens))))
+        return out
+
+
+class VisionTransformerHost(nn.Module):
+    """Patches of images of ``input_shape`` (C, H, W) as tokens, through a block for each width but the first.
+
+    ``widths`` are the features of the stream, then those of the hidden layer of each block. Patches have 4 pixels a
+    side, 2 where images have fewer than 16.
+    """
+
+    def __init__(self, input_shape: Sequence[int], classes: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        patch = 4 if min(height, width) >= 16 else 2
+        if height % patch or width % patch:
+            raise ValueError(f"images of {tuple(input_shape)} are no whole number of {patch}x{patch} patches")
+        if len(widths) < 2:
+            raise ValueError(f"a vit needs the width of its stream and of one hidden layer or more, not {list(widths)}")
+        features, heads = widths[0], max(2, widths[0] // HEAD_FEATURES)
+        self.patches = nn.Conv2d(channels, features, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn(1, height * width // patch**2, features))
+        self.blocks = nn.Sequential(*(EncoderBlock(features, heads, hidden) for hidden in widths[1:]))
+        self.norm = nn.LayerNorm(features)
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalized images [N, C, H, W] to logits [N, classes]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
+        return logits
+
+
+_IMAGE_HOSTS: dict[str, Callable[[Sequence[int], int, Sequence[int]], nn.Module]] = {
+    "cnn": ConvolutionalHost,
+    "resnet": ResidualHost,
+    "vit": VisionTransformerHost,
+}
+
+
 def build(name: str, input_shape: Sequence[int], classes: int, widths: Sequence[int]) -> nn.Module:
-    """The host called ``name`` ("cnn" or "mlp"). Raises ValueError for a shape that it cannot take."""
+    """The host called ``name`` (cnn, mlp, resnet, vit). Raises ValueError for a shape or widths that it cannot take."""
     if name == "mlp":
         return MultilayerPerceptron(input_shape, classes, widths)
     if len(input_shape) != 3:
-        raise ValueError(f"a cnn takes images of shape (C, H, W), not {tuple(input_shape)}")
-    return ConvolutionalHost(input_shape, classes, widths)
+        raise ValueError(f"a {name} takes images of shape (C, H, W), not {tuple(input_shape)}")
+    return _IMAGE_HOSTS[name](input_shape, classes, widths)

@@ -62,6 +62,9 @@ def grow(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
     Raises ValueError for a layer that is not there or does not look as it did before growth.
     """
     for change in changes:
+        if change["operation"] == "parameter":
+            _widen_parameter(model, change)
+            continue
         try:
             layer = model.get_submodule(change["path"])
         except AttributeError as error:
@@ -132,16 +135,33 @@ def _branch_layer(spec: Mapping[str, Any]) -> nn.Module:
     return normalizations[operation](outputs) if operation in normalizations else _PLAIN[operation]()
 
 
+def _widen_parameter(model: nn.Module, change: Mapping[str, Any]) -> None:
+    owner, _, name = change["path"].rpartition(".")
+    try:
+        parent = model.get_submodule(owner)
+    except AttributeError as error:
+        raise ValueError(f"the network has no parameter {change['path']}") from error
+    old = _check(change, parent._parameters.get(name))
+    like = old.detach().float()
+    fresh = like.mean() + like.std(correction=0) * torch.randn(tuple(change["after_shape"]), device=old.device)
+    setattr(parent, name, nn.Parameter(fresh.to(old.dtype), old.requires_grad))
+
+
+def _check(change: Mapping[str, Any], weight: "Tensor | None") -> Tensor:
+    before = tuple(change["before_shape"])
+    if weight is None or tuple(weight.shape) != before:
+        found = "no weight" if weight is None else tuple(weight.shape)
+        raise ValueError(f"{change['path']}: growth began with a weight of {before}, this network has {found}")
+    return weight
+
+
 def _widened(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:
     before, after = tuple(change["before_shape"]), tuple(change["after_shape"])
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != before:
-        found = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
-        raise ValueError(f"{change['path']}: growth began with a weight of {before}, this network has {found}")
+    weight = _check(change, layer._parameters.get("weight"))
     new: nn.Module
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        # A depthwise layer keeps one input channel per group.
-        groups = after[0] if layer.groups > 1 else 1
+        # A depthwise layer keeps one input channel per group, and as many filters for each.
+        groups = after[0] * layer.groups // before[0] if layer.groups > 1 else 1
         new = type(layer)(
             after[1] * groups,
             after[0],
@@ -159,6 +179,11 @@ def _widened(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:
         new = type(layer)(after[0], eps=layer.eps, momentum=layer.momentum)
     elif isinstance(layer, nn.LayerNorm):
         new = nn.LayerNorm(list(after), eps=layer.eps, bias=layer.bias is not None)
+    elif isinstance(layer, nn.RMSNorm):
+        new = nn.RMSNorm(list(after), eps=layer.eps)
+    elif isinstance(layer, nn.GroupNorm):
+        groups = after[0] * layer.num_groups // before[0] if layer.num_groups > 1 else 1
+        new = nn.GroupNorm(groups, after[0], eps=layer.eps)
     else:
         raise ValueError(  # noqa: TRY004 - the table asks for it: its value is wrong
             f"{change['path']}: a {type(layer).__name__} cannot be widened by this version"

@@ -143,8 +143,18 @@ def rebuilt_bare(folder: Path, images: Tensor, expected: Tensor) -> str:
             grow_once(("blocks.0.conv1", WIDEN, 2), ("stem", WIDEN, 2)),
             None,
         ),
+        (
+            {"name": "resnet", "widths": [3, 4]},
+            grow_once(("stem", WIDEN, 2), ("blocks.2.conv1", WIDEN, 2)),
+            None,
+        ),
+        (
+            {"name": "vit", "widths": [8, 6]},
+            grow_once(("patches", WIDEN, 3), ("blocks.0.attention.query", WIDEN, 1)),
+            None,
+        ),
     ],
-    ids=["batch-norm", "residual-branch", "mlp", "whitening-stem", "factory"],
+    ids=["batch-norm", "residual-branch", "mlp", "whitening-stem", "factory", "resnet", "vit"],
 )
 def test_a_grown_network_leaves_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], policy: Policy, data: DataSet | None

@@ -187,6 +187,145 @@ def test_what_mixes_or_fixes_channels_is_refused_alone_with_its_reason(between: 
     assert "conv2" in found.slots
 
 
+class Tokens(nn.Module):
+    """linear -> something on [N, 8, 6] -> linear; the something is given."""
+
+    def __init__(self, between: object) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 6), nn.Linear(6, 5)
+        self.other, self.third = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.between = between
+        self.bias = nn.Parameter(torch.zeros(6, 6))
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = images[:, 0]
+        out: Tensor = self.head(self.between(self, values, self.embed(values))).mean(1)  # type: ignore[operator]  # as given
+        return out
+
+
+def heads(values: Tensor) -> Tensor:
+    return values.view(values.shape[0], values.shape[1], -1, 3).transpose(1, 2)
+
+
+def joined(values: Tensor) -> Tensor:
+    return values.transpose(1, 2).flatten(2)
+
+
+TOKENS = [
+    lambda net, _, x: joined(F.scaled_dot_product_attention(heads(x), heads(x), heads(x))),
+    lambda net, x, y: joined(F.scaled_dot_product_attention(heads(y), heads(net.other(x)), heads(y), is_causal=True)),
+    lambda net, x, y: joined(F.scaled_dot_product_attention(heads(y), heads(y), heads(y), torch.zeros(8, 8))),
+    lambda net, _, y: joined(torch.softmax(heads(y), -1)),
+    lambda net, _, y: y.view(y.shape[0], y.shape[1], -1, 3).flatten(2),
+    lambda net, _, y: y.view(y.size()),
+    lambda net, _, y: y.reshape(y.shape),
+    lambda net, _, y: F.log_softmax(y, 1),
+    lambda net, _, y: nn.functional.gelu(y) + net.bias[0],
+    lambda net, _, y: (y.transpose(1, 2) @ torch.ones(8, 8)).transpose(1, 2),
+    lambda net, x, y: torch.cat([y, net.other(x)], dim=1),
+    lambda net, x, y: torch.cat(tensors=[y, net.other(x)], dim=-2),
+]
+
+
+@pytest.mark.parametrize("between", TOKENS)
+def test_tokens_heads_and_sums_with_parameters_let_features_grow(between: object) -> None:
+    found = look(Tokens(between))
+    assert "embed" in found.slots, found.refused
+
+
+MIXED = [
+    (
+        lambda net, _, y: joined(y.view(y.shape[0], y.shape[1], 2, 3).transpose(1, 2)),
+        "view(batch, tokens, -1, head_dim)",
+    ),
+    (lambda net, _, y: y.view(y.shape[0], y.shape[1], 3, -1).flatten(2), "view(batch, tokens, -1, head_dim)"),
+    (lambda net, x, y: net.other(x).view(y.shape[0], y.shape[1], -1, 3).reshape(y.shape), "size of something else"),
+    (lambda net, x, y: net.other(x).view(y.shape[0], y.shape[1], y.shape[2]), "size of something else"),
+    (lambda net, _, y: F.scaled_dot_product_attention(y, y, y), "heads come before tokens"),
+    (lambda net, x, y: (y @ net.other(x).transpose(1, 2)) @ net.third(x), "sums over it"),
+    (lambda net, _, y: y @ net.bias, "sums over it"),
+    (lambda net, _, y: torch.matmul(y, torch.ones(6)).unsqueeze(-1).expand(-1, -1, 6), "matmul"),
+    (lambda net, _, y: y.softmax(dim=-1), "normalizes over it"),
+    (lambda net, _, y: torch.softmax(y, -1), "normalizes over it"),
+    (lambda net, _, y: y / net.bias[0], "divides by"),
+    (lambda net, x, y: torch.stack([y, net.other(x)], 1).sum(1), "stack"),
+    (lambda net, _, y: torch.cat(y.chunk(2, -1), -1), "write a layer for each part"),
+]
+
+
+@pytest.mark.parametrize(("between", "reason"), MIXED)
+def test_what_mixes_features_is_refused_with_a_way_out(between: object, reason: str) -> None:
+    assert reason in look(Tokens(between)).refused["embed"]
+
+
+LAYERS: list[tuple[nn.Module, str]] = [
+    (nn.LSTM(6, 6, batch_first=True), "gates share one matrix"),
+    (nn.MultiheadAttention(6, 2), "write query, key, value and output as linear layers"),
+    (nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), "write the block with linear layers"),
+    (nn.ConvTranspose1d(8, 8, 1), "use nn.Upsample"),
+    (nn.PReLU(8), "PReLU is not known"),
+    (nn.RMSNorm(6, elementwise_affine=False), "RMSNorm without gain"),
+    (nn.BatchNorm1d(8), "normalizes over it"),
+]
+
+
+@pytest.mark.parametrize(("layer", "reason"), LAYERS)
+def test_layers_that_are_not_widened_say_what_to_write_instead(layer: nn.Module, reason: str) -> None:
+    class Holds(Tokens):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.layer = layer
+
+        def forward(self, images: Tensor) -> Tensor:
+            values = self.embed(images[:, 0])
+            if isinstance(self.layer, nn.MultiheadAttention):
+                values = self.layer(values, values, values)[0]
+            elif isinstance(self.layer, nn.LSTM):
+                values = self.layer(values)[0]
+            else:
+                values = self.layer(values)
+            out: Tensor = self.head(values).mean(1)
+            return out
+
+    assert reason in look(Holds()).refused["embed"]
+
+
+def test_parameters_that_would_grow_in_two_dimensions_or_are_shared_are_refused() -> None:
+    class Both(Tokens):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.last = nn.Linear(6, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            rows, columns = self.embed(images[:, 0, 0])[:, :, None], self.other(images[:, 0, 0])[:, None]
+            grid = rows * columns if self.between else rows + columns + self.bias
+            out: Tensor = self.last(self.head(grid).transpose(1, 2)).mean(1)
+            return out
+
+    found = look(Both())
+    assert "bias would grow in two dimensions" in found.refused["embed"]
+    assert "bias would grow in two dimensions" in found.refused["other"]
+    free = Both()
+    free.between = True
+    # A layer that is applied at positions which grow costs a multiple of them.
+    found = look(free)
+    assert {frozenset(cost.slots) for cost in found.costs if cost.flops} >= {frozenset({"embed", "other"})}
+    shared = Tokens(lambda net, _, y: y + net.bias[0])
+    shared.again = shared.bias
+    assert "bias" in look(shared).refused["embed"]
+
+
+def test_parameters_that_layers_do_not_write_stay_as_they_are() -> None:
+    class Queries(Tokens):
+        def forward(self, images: Tensor) -> Tensor:
+            out: Tensor = self.head(self.bias)[None].mean(1) + self.head(self.embed(images[:, 0])).mean(1)
+            return out
+
+    found = look(Queries(None))
+    assert "bias" not in found.sites
+    assert not found.slots
+
+
 @pytest.mark.parametrize(
     "reshape",
     [nn.Flatten(), lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1), lambda x: x.reshape(len(x), -1)],

@@ -64,6 +64,35 @@ def test_the_mlp_takes_any_shape() -> None:
     assert model(data.normalization(data.training.images[:3])).shape == (3, 10)
 
 
+def test_the_resnet_and_the_transformer_give_logits() -> None:
+    for data, patch in ((splits.load(DataConfig(), seed=0), 2), (color_images(), 4)):
+        images = data.normalization(data.training.images[:3])
+        network = models.build_host(ModelConfig(name="resnet", widths=[3, 4]), data, 0)
+        assert network(images).shape == (3, data.classes)
+        network = models.build_host(ModelConfig(name="vit", widths=[24, 6, 5]), data, 0)
+        assert isinstance(network, hosts.VisionTransformerHost)
+        assert network(images).shape == (3, data.classes)
+        assert network.patches.stride == (patch, patch)
+        assert network.get_submodule("blocks.1.attention.query").get_parameter("weight").shape == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(name="resnet", widths=[2] * 5), r"5 stages halve images of \(1, 8, 8\) to nothing"),
+        (ModelConfig(name="vit", widths=[8]), "needs the width of its stream and of one hidden layer"),
+    ],
+)
+def test_widths_that_make_no_network_are_refused(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        models.build_host(config, splits.load(DataConfig(), seed=0), 0)
+
+
+def test_images_that_are_no_whole_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="no whole number of 4x4 patches"):
+        hosts.build("vit", (1, 18, 16), 3, [8, 4])
+
+
 def test_a_cnn_that_cannot_be_is_refused() -> None:
     data = splits.load(DataConfig(), seed=0)
     with pytest.raises(ModelError, match="halve images of"):
@@ -168,11 +197,15 @@ class EveryLayer(nn.Module):
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(4 * 64, 6)
         self.layer_norm = nn.LayerNorm(6)
+        self.rms_norm = nn.RMSNorm(6, eps=1e-3)
+        self.groups = nn.GroupNorm(3, 6)
+        self.offset = nn.Parameter(torch.full((1, 6), 2.0))
         self.head = nn.Linear(6, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         images = self.norm(self.deep(self.conv(images)))
-        logits: Tensor = self.head(self.layer_norm(self.linear(self.flatten(images))))
+        hidden = self.groups(self.rms_norm(self.layer_norm(self.linear(self.flatten(images))))) + self.offset
+        logits: Tensor = self.head(hidden)
         return logits
 
 
@@ -185,6 +218,9 @@ def test_every_kind_of_layer_grows() -> None:
         row("norm", [4], [6]),
         row("linear", [6, 256], [8, 384]),
         row("layer_norm", [6], [8]),
+        row("rms_norm", [6], [8]),
+        row("groups", [6], [8]),
+        row("offset", [1, 6], [1, 8]) | {"operation": "parameter"},
         row("head", [10, 6], [10, 8]),
     ]
     rebuild.grow(model, table)
@@ -193,6 +229,10 @@ def test_every_kind_of_layer_grows() -> None:
     assert not model.norm.training
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert model.linear.weight.shape == (8, 384)
+    assert (model.groups.num_groups, model.groups.num_channels) == (4, 8)
+    assert model.rms_norm.eps == 1e-3
+    # Fresh values are like those that were there: an offset of 2 in every entry.
+    assert torch.equal(model.offset, torch.full((1, 8), 2.0))
 
 
 def test_branches_of_every_layer_are_rebuilt() -> None:
@@ -236,6 +276,9 @@ def test_branches_of_every_layer_are_rebuilt() -> None:
         (row("nowhere", [1], [2]), "has no layer nowhere"),
         (row("conv", [9, 9], [9, 9]), r"growth began with a weight of \(9, 9\), this network has \(4, 1, 3, 3\)"),
         (row("flatten", [9], [9]), "this network has no weight"),
+        (row("nowhere.token", [1], [2]) | {"operation": "parameter"}, "has no parameter nowhere.token"),
+        (row("token", [1], [2]) | {"operation": "parameter"}, "this network has no weight"),
+        (row("offset", [9], [9]) | {"operation": "parameter"}, r"this network has \(1, 6\)"),
     ],
 )
 def test_another_network_is_refused(change: dict[str, Any], message: str) -> None:

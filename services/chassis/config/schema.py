@@ -98,14 +98,15 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The host network."""
 
-    name: Literal["cnn", "mlp", "factory"] = Field(default="cnn", description="Which host network.")
+    name: Literal["cnn", "mlp", "resnet", "vit", "factory"] = Field(default="cnn", description="Which host network.")
     factory: FactoryPath | None = Field(
         default=None, description="package.module:callable(input_shape, classes) -> torch.nn.Module, for name: factory."
     )
     widths: list[Width] = Field(
         default_factory=lambda: [8, 16, 24],
         min_length=1,
-        description="Channels per group (cnn) or features per hidden layer (mlp).",
+        description="Channels per group (cnn) or stage (resnet), features per hidden layer (mlp); vit: features of the "
+        "stream, then of the hidden layer of each block.",
     )
     weights: FilePath | None = Field(
         default=None,
