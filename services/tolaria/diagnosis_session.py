@@ -46,7 +46,8 @@ def diagnose(
     progress.write(StatusProgress(state="finishing", message="looking at its layers"))
     engine = trainer.engine
     found = trainer.judge()
-    health = engine.measure_health(trainer.health_batches())
+    with trainer.averaged():
+        health = engine.measure_health(trainer.health_batches())
     subject = Subject(
         epochs=epochs,
         validation_accuracy=found.accuracy,

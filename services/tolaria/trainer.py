@@ -448,8 +448,12 @@ class TolariaTrainer:
 
     def judge(self) -> Evaluation:
         """Score and losses of the network on the validation split, as it is now; who calls it bills it."""
-        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+        with self.averaged():
             return self._judge(self.data.validation)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has the weights that are judged and exported: the averaged ones where there are such."""
+        return self.average.applied() if self.average is not None else contextlib.nullcontext()
 
     def _judge(self, split: Split) -> Evaluation:
         return evaluate(
