@@ -35,11 +35,6 @@ class Axis:
 
     pieces: tuple[Piece, ...]
 
-    @property
-    def size(self) -> int:
-        """Entries of the dimension."""
-        return sum(piece.size for piece in self.pieces)
-
     def times(self, count: int) -> Axis:
         """The axis with each entry taken ``count`` times in a row."""
         return Axis(

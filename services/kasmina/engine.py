@@ -351,6 +351,7 @@ class GrowthEngine:
         self._epoch = self._epoch if epoch is None else epoch
         record = self.seed(seed_id)
         done = [self._move(seed_id, SeedState.LOADING, step, "its kernel is there", kernel=digest)]
+        before = self.flops()
         try:
             self._check_kernel(record, kernel)
             if record.slot in self._analysis.slots:
@@ -369,6 +370,8 @@ class GrowthEngine:
             flops=family.flops(manifest.parameters, interface, record.size) or 0,
         )
         if record.slot in self._analysis.slots:
+            # By the network's own cost: products of an attention are no layers, so the family does not know them.
+            self._update(seed_id, flops=self.flops() - before)
             blends = self._network.blends(record.slot)
             self._update(seed_id, alpha=0.0 if blends else 1.0, graft_epoch=self._epoch)
             done.append(self._move(seed_id, SeedState.GRAFTING, step, "widened, output unchanged"))

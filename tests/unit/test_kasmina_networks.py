@@ -217,11 +217,12 @@ def test_tezzeret_compiles_a_widening_of_every_slot(network: type[nn.Module]) ->
         interface = engine.interface(slot.name)
         assert Interface.from_json(interface.to_json()) == interface
         assert interface_from_proto(interface_to_proto(interface)) == interface
-        before = engine.parameters()
+        before, flops = engine.parameters(), engine.flops()
         request = {"blueprint": WIDEN.to_json(), "interface": interface.to_json()}
         assert forge({**request, "size": 2, "init_seed": 1, "target": "cpu"}, lambda _: None)
         graft(engine, slot.name, 2, f"s{before}")
         assert engine.seed(f"s{before}").parameters == engine.parameters() - before
+        assert engine.seed(f"s{before}").flops == engine.flops() - flops > 0
 
 
 def test_channels_under_a_normalization_over_all_come_in_by_degrees() -> None:
