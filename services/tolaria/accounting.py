@@ -24,6 +24,22 @@ FLOPS: Final = (
 )
 
 
+#: What a summary tells of the growth budget: its kind, its limit, the host's cost and that of the network in the end.
+BUDGET: Final = ("kind", "limit", "host", "final")
+#: What a summary tells of Kasmina's kernel cache.
+CACHE: Final = (
+    "hits",
+    "misses",
+    "hit_ratio",
+    "evictions",
+    "entries",
+    "size_bytes",
+    "limit_bytes",
+    "load_seconds",
+    "verify_seconds",
+)
+
+
 @dataclass
 class Account:
     """What one arm has spent so far; a resumed run goes on from its checkpoint.

@@ -27,7 +27,7 @@ from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
 from services.chassis.files import storage_error, write_atomically
 from services.chassis.supervisor import NEEDS, Event, Job, State, Supervisor
-from services.tolaria.accounting import FLOPS
+from services.tolaria.accounting import BUDGET, CACHE, FLOPS
 from services.tolaria.progress import EpochProgress, Progress, StatusProgress, StepProgress, SummaryProgress, decode
 from services.tolaria.report import write_report
 from services.tolaria.run_folder import RunFolder
@@ -276,6 +276,8 @@ class Launcher:
             "arms": {},
             "growth_seconds": None,
             "rollbacks": None,
+            "budget": dict.fromkeys(BUDGET),
+            "kernel_cache": dict.fromkeys(CACHE),
             "export": None,
             "events": {"published": None, "dropped": None},
         }

@@ -139,6 +139,18 @@ def cost(terms: Iterable[CostTerm], widths: Mapping[str, int], measure: str) -> 
     return total
 
 
+def spent(limit: Limit, latency: LatencyModel | None, terms: Sequence[CostTerm], slots: Sequence[SlotInfo]) -> float:
+    """What the network costs in the unit of ``limit``, seeds under way included.
+
+    So a budget is not spent twice while a kernel is compiled.
+    """
+    widths = {slot.name: slot.width for slot in slots}
+    if limit.kind == "latency":
+        assert latency is not None, "a limit of latency comes with what was measured"
+        return latency.cost(terms, widths)
+    return cost(terms, widths, limit.kind)
+
+
 def topology(run: str, engine: GrowthEngine, *, epoch: int, step: int) -> topology_pb2.Topology:
     """The network as of now, for Kasmina's gateway."""
     return topology_pb2.Topology(
@@ -256,15 +268,9 @@ def now() -> Timestamp:
 
 
 def _budget(situation: Situation, terms: Sequence[CostTerm], slots: Sequence[SlotInfo]) -> observation_pb2.Budget:
-    # The widths hold seeds under way too: a budget is not spent twice while a kernel is compiled.
-    widths = {slot.name: slot.width for slot in slots}
-    kind, latency = situation.limit.kind, situation.latency
-    if kind == "latency":
-        assert latency is not None, "a limit of latency comes with what was measured"
-        current = latency.cost(terms, widths)
-    else:
-        current = cost(terms, widths, kind)
-    return observation_pb2.Budget(kind=_BUDGET_KINDS[kind], limit=situation.limit.value, current=current)
+    limit = situation.limit
+    current = spent(limit, situation.latency, terms, slots)
+    return observation_pb2.Budget(kind=_BUDGET_KINDS[limit.kind], limit=limit.value, current=current)
 
 
 def _slot(run: str, slot: SlotInfo, engine: GrowthEngine, epoch: int) -> topology_pb2.Slot:

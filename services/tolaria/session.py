@@ -26,8 +26,8 @@ from services.chassis.telemetry import Telemetry
 from services.kasmina.kernel_cache import KernelCache
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SeedRecord
-from services.tolaria import controls, device, models, task
-from services.tolaria.accounting import FLOPS, TRAINING_FACTOR, breakdown
+from services.tolaria import controls, device, models, observation, task
+from services.tolaria.accounting import BUDGET, CACHE, FLOPS, TRAINING_FACTOR, breakdown
 from services.tolaria.adaptation import AdaptationCoordinator
 from services.tolaria.checkpoint import CheckpointStore
 from services.tolaria.data import splits
@@ -259,9 +259,27 @@ class Session:
             "arms": arms,
             "growth_seconds": grown.get("growth_seconds"),
             "rollbacks": growth["rollbacks"],
+            "budget": growth["budget"],
+            "kernel_cache": growth["kernel_cache"],
             "changes": [{key: change[key] for key in _SHOWN_CHANGE} for change in self._done.get("changes", [])],
             "export": self._done.get("export"),
         }
+
+
+def _budget_summary(trainer: TolariaTrainer) -> dict[str, Any]:
+    if (limit := trainer.limit) is None:
+        return dict.fromkeys(BUDGET)
+    hosts = {"flops": trainer.host_flops, "parameters": trainer.host_parameters}
+    host = trainer.latency.host if trainer.latency is not None else hosts[limit.kind]
+    final = observation.spent(limit, trainer.latency, trainer.engine.cost_terms(), trainer.engine.slots())
+    return dict(zip(BUDGET, (limit.kind, limit.value, host, final), strict=True))
+
+
+def _cache_summary(trainer: TolariaTrainer) -> dict[str, Any]:
+    if trainer.shelf is None:
+        return dict.fromkeys(CACHE)
+    stats = trainer.shelf.stats()
+    return {name: getattr(stats, name) for name in CACHE}
 
 
 def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
@@ -272,6 +290,8 @@ def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
         "epochs": trainer.epoch,
         "parameters": trainer.parameter_count(),
         "rollbacks": trainer.governor.rollbacks,
+        "budget": _budget_summary(trainer),
+        "kernel_cache": _cache_summary(trainer),
         "adaptations": {
             "started": len(records),
             "fossilized": ends.count(SeedState.FOSSILIZED),
