@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import psutil
 
-from services.chassis.process import LIFELINE_FD, PROGRESS_FD
+from services.chassis.process import BACKGROUND_CORES, LIFELINE_FD, PROGRESS_FD
 
 #: Longest message of a child, bytes; a longer one is skipped.
 MAX_MESSAGE_BYTES: Final = 2**20
@@ -30,12 +30,19 @@ class Child:
     """A process that leads a group of its own. Make it inside the running loop that is to hear of it.
 
     Its output is appended to ``log``; each JSON object that it sends (:class:`services.chassis.process.Progress`) is
-    passed to ``on_message`` in the loop. ``lifeline`` is the reading end of a pipe on whose end the child ends itself.
+    passed to ``on_message`` in the loop. ``lifeline`` is the reading end of a pipe on whose end the child ends itself;
+    ``background`` are the cores for those of its threads that step aside (:func:`services.chassis.process.step_aside`).
     Raises OSError where ``command`` cannot be started.
     """
 
     def __init__(
-        self, command: Sequence[str], *, log: Path, lifeline: int, on_message: Callable[[dict[str, Any]], None]
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        lifeline: int,
+        on_message: Callable[[dict[str, Any]], None],
+        background: frozenset[int] = frozenset(),
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
@@ -49,7 +56,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(lifeline, send),
+                    env=_environment(lifeline, send, background),
                     pass_fds=(lifeline, send),
                     process_group=0,
                 )
@@ -106,7 +113,7 @@ class Child:
         return code
 
 
-def _environment(lifeline: int, progress: int) -> dict[str, str]:
+def _environment(lifeline: int, progress: int, background: frozenset[int]) -> dict[str, str]:
     # ESPER__ variables are a layer of the configuration, and already in the effective one that a child is given:
     # applied again they would win over --set.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("ESPER__")}
@@ -115,6 +122,7 @@ def _environment(lifeline: int, progress: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         LIFELINE_FD: str(lifeline),
         PROGRESS_FD: str(progress),
+        BACKGROUND_CORES: ",".join(str(core) for core in sorted(background)),
     }
 
 

@@ -26,6 +26,8 @@ import psutil
 LIFELINE_FD: Final = "ESPER_LIFELINE_FD"
 #: Environment variable with the number of the progress pipe's descriptor.
 PROGRESS_FD: Final = "ESPER_PROGRESS_FD"
+#: Environment variable with the cores, by number, of those threads of a job that compute nothing; empty: not divided.
+BACKGROUND_CORES: Final = "ESPER_BACKGROUND_CORES"
 
 _PR_SET_PDEATHSIG: Final = 1
 _PIPE_BYTES: Final = 2**20
@@ -47,6 +49,18 @@ def bind_to_parent(*, grace: float) -> bool:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     threading.Thread(target=_watch, args=(lifeline, grace), name="lifeline", daemon=True).start()
     return True
+
+
+def step_aside() -> None:
+    """Move the calling thread, and the threads it will start, off the cores that this process computes on.
+
+    A job's threads are all on its own cores. One that talks to the services would take turns there with the computing
+    thread, and cost it all that it uses; beside the services it costs little. Nothing happens in a process that nobody
+    supervises.
+    """
+    if cores := os.environ.get(BACKGROUND_CORES):
+        with contextlib.suppress(OSError):  # taken from us since: then everything is where it can be
+            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
 def _watch(lifeline: int, grace: float) -> None:

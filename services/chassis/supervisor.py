@@ -188,6 +188,7 @@ class Supervisor:
         meanwhile. Raises EsperError, naming service and address: SERVICE_UNREACHABLE (configured elsewhere and not
         serving), SERVICE_START_FAILED (with its last words). Leaving the ``async with`` block stops what has started.
         """
+        self.placement = place(frozenset(os.sched_getaffinity(0)), job.threads if job is not None else 1)
         if job is not None:
             self._job = asyncio.create_task(self._keep_job(job))
         # A stale one, of an earlier launch, would send the job to services that are gone.
@@ -203,15 +204,15 @@ class Supervisor:
             stopping.cancel()
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-        addresses = {name: status.address for name, status in self.services.items()}
-        write_atomically(self.run_dir / "addresses.json", json.dumps(addresses, indent=2) + "\n")
-        # Only now: while everything loads, all cores are welcome to all, and nobody is nice.
+        # Only now: while everything loads, all cores are welcome to all, and nobody is nice. But before the job goes
+        # on: threads of its that step aside then stay where they went.
         self._settled = True
-        self.placement = place(frozenset(os.sched_getaffinity(0)), job.threads if job is not None else 1)
         for child in self._children.values():
             child.settle(cores=self.placement.services, niceness=SERVICE_NICENESS)
         for child in self._jobs.values():
             child.settle(cores=self.placement.job)
+        addresses = {name: status.address for name, status in self.services.items()}
+        write_atomically(self.run_dir / "addresses.json", json.dumps(addresses, indent=2) + "\n")
 
     async def _start_services(self) -> None:
         try:
@@ -347,8 +348,15 @@ class Supervisor:
         code = 0
         stopping = asyncio.create_task(self._stopping.wait())
         while command is not None:
-            child = Child(command, log=self._log(job.name), lifeline=self._lifeline, on_message=job.on_progress)
-            child.settle(cores=self.placement.job)
+            child = Child(
+                command,
+                log=self._log(job.name),
+                lifeline=self._lifeline,
+                on_message=job.on_progress,
+                background=self.placement.services,
+            )
+            if self._settled:
+                child.settle(cores=self.placement.job)
             self._jobs[job.name] = child
             self._emit(job.name, "started", f"pid {child.pid}")
             await asyncio.wait({child.ended, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -35,6 +35,7 @@ from esper.tolaria.v1.training_link_service_pb2_grpc import TrainingLinkServiceS
 from esper.urza.v1 import blueprint_service_pb2, kernel_pb2
 from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from services.blueprints.spec import Blueprint
+from services.chassis import process
 from services.chassis.channel import ChannelFactory
 from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, from_rpc_error
@@ -128,7 +129,7 @@ class MeshClient:
         self._telemetry = telemetry
         self._incarnation = incarnation
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="mesh", daemon=True)
         # Shared by both threads, under the lock.
         self._lock = threading.Lock()
         self._arrived = threading.Event()
@@ -147,6 +148,10 @@ class MeshClient:
         """Connect to the services, all at once and in the background. Raises EsperError (ADDRESS_UNKNOWN)."""
         self._thread.start()
         self._call(self._start()).result()
+
+    def _run_loop(self) -> None:
+        process.step_aside()
+        self._loop.run_forever()
 
     async def _start(self) -> None:
         services = self._config.services

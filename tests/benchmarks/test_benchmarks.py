@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import control_load, dormant, measure, numbers, startup
+from tests.benchmarks import adaptation_stall, control_load, dormant, measure, numbers, startup
 from tests.infrastructure.processes import ROOT
 from tests.infrastructure.runs import SERVICES
+from tests.integration.trainer_harness import WIDEN
 
 
 def result_of(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -93,3 +94,31 @@ def test_resume_exactness(tmp_path: Path) -> None:
     assert [kill for kill in result["kills"] if kill["different"]] == []
     assert (result["exact"], result["of"], result["holds"]) == (5, 5, True)
     assert len(result["states"]) >= 5
+
+
+def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
+    """Ten epochs of four steps of 10 ms; in the sixth a kernel is on its way, and one of its steps stands still."""
+    steps = [
+        {"step": n + 1, "began": 0.01 * n, "seconds": 0.01, "cpu_seconds": 0.01, "gap_seconds": 0.0} for n in range(40)
+    ]
+    story = [("GERMINATED", 5, 0.2), ("LOADING", 5, 0.235), ("EVALUATING", 5, 0.235), ("CULLED", 7, 0.28)]
+    lines = [
+        {"kind": "transition", "seed": "seed-1", "to_state": state, "epoch": epoch, "time": moment}
+        for state, epoch, moment in story
+    ]
+    (pair,) = adaptation_stall.pair(steps, lines, per_epoch=4)
+    assert [step["step"] for step in pair.steps] == [21, 22, 23]
+    assert [step["step"] for step in pair.idle] == [17, 18, 19]
+    assert [step["step"] for step in pair.other_idle] == [13, 14, 15]
+    assert adaptation_stall.waited([pair]) == []
+    steps[21]["gap_seconds"] = 0.031
+    assert [step["step"] for step in adaptation_stall.waited([pair])] == [22]
+    cancelled = [*lines[:1], {**lines[0], "to_state": "CANCELLED"}]
+    assert adaptation_stall.windows(cancelled) == []
+
+
+def test_a_fossilized_network_is_compared_with_plain_pytorch(tmp_path: Path) -> None:
+    found = adaptation_stall.fossilized(tmp_path / "run", WIDEN, "groups.1.conv1", 4, rounds=3)
+    # No timing: the memory of equal networks is equal anywhere.
+    assert found["memory_bytes"]["grown"] == found["memory_bytes"]["static"] > 0
+    assert found["interval"][0] <= found["percent"] <= found["interval"][1]

@@ -321,7 +321,10 @@ async def test_the_job_has_cores_of_its_own_and_the_services_the_rest(mesh: Mesh
     job, heard = _job("wait")
     async with mesh.supervisor(_only("urza", outside), on_event=None) as supervisor:
         await supervisor.start(job)
-        pid = (await heard.get())["pid"]
+        told = await heard.get()
+        pid = told["pid"]
+        # Known before anything is divided: its threads go aside when they begin.
+        assert told["background"] == ",".join(str(core) for core in sorted(supervisor.placement.services))
         service = supervisor.services["urza"].pid
         assert service is not None
         if len(cores) > 1:

@@ -30,6 +30,7 @@ from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from services.blueprints import signature
 from services.chassis.config.loader import dump
 from services.chassis.events import EventSubscriber
+from services.chassis.process import BACKGROUND_CORES
 from services.chassis.telemetry import setup
 from services.kasmina.kernel_cache import KernelCache
 from services.tolaria import observation
@@ -95,6 +96,20 @@ def observe(trainer: TolariaTrainer) -> Any:
 
 def target_of(trainer: TolariaTrainer, *, size: int = 1, seed: int = 1, slot: str = "groups.0.conv1") -> KernelTarget:
     return KernelTarget(WIDEN, trainer.engine.interface(slot), size, seed)
+
+
+def test_its_thread_leaves_the_cores_that_train(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setenv(BACKGROUND_CORES, str(min(cores)))
+    client = client_of(services, incarnation=time.time_ns())
+    client.start()
+    try:
+        native = client._thread.native_id
+        assert native is not None
+        assert os.sched_getaffinity(native) == {min(cores)}
+        assert os.sched_getaffinity(0) == cores
+    finally:
+        client.stop()
 
 
 # ---- asking ------------------------------------------------------------------------------------------------------

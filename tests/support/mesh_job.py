@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-from services.chassis.process import Progress, bind_to_parent
+from services.chassis.process import BACKGROUND_CORES, Progress, bind_to_parent
 
 
 def main(what: str) -> int:
@@ -19,7 +19,10 @@ def main(what: str) -> int:
     progress = Progress()
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, signal.SIG_IGN if what == "stubborn" else lambda *_: stopped.set())
-    progress.send({"what": what, "pid": os.getpid(), "bound": bound, "environment": sorted(os.environ)})
+    background = os.environ.get(BACKGROUND_CORES)
+    environment = sorted(os.environ)
+    message = {"what": what, "pid": os.getpid(), "bound": bound, "environment": environment, "background": background}
+    progress.send(message)
     if what == "done":
         return 0
     if what == "fail":

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from services.chassis.process import LIFELINE_FD, PROGRESS_FD, Progress, bind_to_parent
+from services.chassis.process import BACKGROUND_CORES, LIFELINE_FD, PROGRESS_FD, Progress, bind_to_parent, step_aside
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +83,24 @@ def test_without_a_pipe_everything_counts_as_dropped(monkeypatch: pytest.MonkeyP
     progress = Progress()
     assert not progress.send({})
     assert progress.dropped == 1
+
+
+@pytest.mark.parametrize("named", ["one", "none", "gone"])
+def test_a_thread_steps_aside_alone(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    cores = os.sched_getaffinity(0)
+    chosen = {"one": {min(cores)}, "none": set(), "gone": {1023}}[named]
+    monkeypatch.setenv(BACKGROUND_CORES, ",".join(str(core) for core in chosen))
+    seen: list[set[int]] = []
+
+    def aside() -> None:
+        step_aside()
+        seen.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=aside)
+    thread.start()
+    thread.join()
+    assert seen == [chosen if named == "one" else cores]
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_nobody_supervises_a_process_without_a_lifeline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,365 @@
+"""Does growing make training wait? ``python -m tests.benchmarks.adaptation_stall --out FILE [--decisions N]``.
+
+**While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo
+plants a seed every 25th epoch that leaves again once it was judged, so that the network is the host's between two
+trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched
+and verified; each seed has a kernel of its own, so no cache has it. The compiler's processes are killed before every
+second decision: a cold start makes a window some hundred steps long, a warm one takes a few. Every step of a window
+has a partner: the step at the same place in an epoch near by in which no seed was alive. ``percent`` is by how much the
+statistic of the windows' steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 %
+bootstrap intervals over whole windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the
+pooled figure counts. ``noise`` is the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is
+the CPU time of the training thread in the same steps.
+
+``steps_that_waited``: steps of windows that stood still, safe point included, without using their processor, for as
+long as half of their window: a step that waits for a compile waits about as long as it takes. Must be 0.
+
+**Once it is part of the network** (``fossilized``): a widening and a branch that were fossilized by the trainer,
+against the same network as rebuilt from its export in plain PyTorch, in one process, by turns of 20 steps of the
+same training: CPU time per step and bytes of parameters, buffers, optimizer state and of what is kept for the
+backward pass. Limit: 2 %.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from services.blueprints.spec import Blueprint
+from services.tolaria import rebuild
+from services.tolaria.export import export
+from services.tolaria.step_times import STEP_TIMES_FILE
+from tests.benchmarks import measure
+from tests.infrastructure.runs import Run, json_lines
+from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, config_of, grow_once
+
+STALL_LIMIT_PERCENT: Final = 5.0
+FOSSILIZED_LIMIT_PERCENT: Final = 2.0
+_EVERY: Final = 25
+#: Epochs before a decision at which the compiler is killed: the trial before is over, the next has not begun.
+_KILL_BEFORE: Final = 4
+_RUN: Final = (
+    "data.translate=0",
+    "model.widths=[16,24,32]",
+    # No seed is worth that much: each is judged and leaves, and the network is the host's again.
+    "growth.evaluation.threshold=1000",
+    "growth.evaluation.doubtful=cull",
+    "growth.evaluation.min_epochs=0",
+    "growth.embargo_epochs=0",
+    "growth.budget.flops=8",
+    # Hundreds of epochs on the digits: the loss is nearly zero, and the least thing looks like a divergence.
+    "governor.enabled=false",
+    "growth.policy=random",
+    # One seed at a time.
+    'growth.slots=["groups.1.conv1"]',
+    "growth.kernel_timeout_epochs=80",
+)
+_TURN: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A time in which kernels were on their way: by the wall clock, seconds."""
+
+    begin: float
+    end: float
+
+
+def windows(lines: Sequence[dict[str, Any]]) -> list[Window]:
+    """From the first GERMINATED to the last LOADING of seeds that wait together; cancelled ones are left out."""
+    waiting: set[str] = set()
+    begin, found = 0.0, []
+    for line in lines:
+        if line.get("kind") != "transition":
+            continue
+        if line["to_state"] == "GERMINATED":
+            begin = begin if waiting else line["time"]
+            waiting.add(line["seed"])
+        elif line["seed"] in waiting:
+            waiting.discard(line["seed"])
+            if not waiting and line["to_state"] == "LOADING":
+                found.append(Window(begin, line["time"]))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The steps of one window, their idle partners, and partners of these."""
+
+    window: Window
+    steps: list[dict[str, Any]]
+    idle: list[dict[str, Any]]
+    other_idle: list[dict[str, Any]]
+
+
+def pair(steps: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], per_epoch: int) -> list[Pair]:
+    """Match each step of a window to the steps of the same place in the nearest epochs in which nobody was alive."""
+    by_number = {step["step"]: step for step in steps}
+    busy = _busy_epochs(lines)
+    # The first epoch warms up; of the last not all steps need be there.
+    idle = [epoch for epoch in range(1, max(by_number) // per_epoch) if epoch not in busy]
+    pairs = []
+    for window in windows(lines):
+        ends = ((step, step["began"] + step["seconds"]) for step in steps)
+        inside = [step for step, end in ends if window.begin <= step["began"] and end <= window.end]
+        if not inside:
+            continue
+        epochs = sorted({(step["step"] - 1) // per_epoch for step in inside})
+        near = sorted(idle, key=lambda epoch: abs(epoch - epochs[0]))[: 2 * len(epochs)]
+        if len(near) == 2 * len(epochs):
+            at = [divmod(step["step"] - 1, per_epoch) for step in inside]
+            partners = [
+                [by_number[near[2 * epochs.index(epoch) + side] * per_epoch + place + 1] for epoch, place in at]
+                for side in (0, 1)
+            ]
+            pairs.append(Pair(window, inside, *partners))
+    return pairs
+
+
+def _busy_epochs(lines: Sequence[dict[str, Any]]) -> set[int]:
+    """Epochs (from 0) in which a seed was alive: from the epoch that its life begins with to that in which it ended."""
+    busy: set[int] = set()
+    born: dict[str, int] = {}
+    for line in lines:
+        if line.get("kind") != "transition":
+            continue
+        if line["to_state"] == "GERMINATED":
+            born[line["seed"]] = line["epoch"]
+        elif line["to_state"] in ("CULLED", "CANCELLED", "ROLLED_BACK", "FOSSILIZED"):
+            busy.update(range(born.pop(line["seed"]), line["epoch"] + 1))
+    busy.update(epoch for start in born.values() for epoch in range(start, start + 1000))
+    return busy
+
+
+def waited(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Steps that stood still as long as half of their window; short windows need at least three median steps."""
+    usual = statistics.median(step["seconds"] for one in pairs for step in one.idle)
+    found = []
+    for one in pairs:
+        least = max(0.5 * (one.window.end - one.window.begin), 3 * usual)
+        found += [
+            step for step in one.steps if step["seconds"] - step["cpu_seconds"] + (step["gap_seconds"] or 0.0) > least
+        ]
+    return found
+
+
+def in_flight(folder: Path, decisions: int) -> dict[str, Any]:
+    """A live run of ``decisions`` decisions."""
+    epochs = _EVERY * (decisions + 1)
+    window = [_EVERY / epochs, _EVERY * decisions / epochs]
+    overrides = (*_RUN, f"training.epochs={epochs}", f"growth.decisions={decisions}", f"growth.window={window}")
+    with measure.endless_run(folder, *overrides) as run:
+        _until_over(run, epochs)
+        steps = measure.step_times(run.folder)
+        lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
+        placement = _placement(run)
+    per_epoch = max(step["step"] for step in steps) // epochs
+    pairs = pair(steps, lines, per_epoch)
+    assert len(pairs) >= 2, f"only {len(pairs)} of {decisions} decisions led to a window with steps in it"
+    lengths = [one.window.end - one.window.begin for one in pairs]
+    tail = _figures(pairs, "seconds", lambda one: (one.idle, one.steps))
+    return {
+        "windows": len(pairs),
+        "steps": sum(len(one.steps) for one in pairs),
+        "window_seconds": {"median": statistics.median(lengths), "greatest": max(lengths)},
+        "step_time": tail,
+        "step_cpu_time": _figures(pairs, "cpu_seconds", lambda one: (one.idle, one.steps)),
+        "noise": _figures(pairs, "seconds", lambda one: (one.other_idle, one.idle)),
+        "holds": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["pooled_interval"]),
+        "steps_that_waited": len(waited(pairs)),
+        "waited": waited(pairs),
+        "placement": placement,
+    }
+
+
+def _until_over(run: Run, epochs: int) -> None:
+    """Wait for the end, killing the compiler's processes before every second decision."""
+    killed = 0
+    while len(run.metrics()) < epochs - 1:
+        epoch = len(run.metrics())
+        if epoch >= _EVERY * (2 * killed + 1) - _KILL_BEFORE:
+            killed += 1
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for worker in run.process("tezzeret").children(recursive=True):
+                    if "resource_tracker" not in " ".join(worker.cmdline()):
+                        worker.kill()
+        time.sleep(0.05)
+    run.until(lambda: len(run.lines(STEP_TIMES_FILE)) > 0 and len(run.metrics()) >= epochs, "the last epoch", 120.0)
+
+
+def _placement(run: Run) -> dict[str, Any]:
+    """Whose cores are whose; of the training process those of its computing thread and of its others."""
+    found = run.processes()
+    placed = {
+        name: {"cores": process.cpu_affinity(), "nice": process.nice()} for name, process in sorted(found.items())
+    }
+    training = found["training"]
+    others = {core for thread in training.threads()[1:] for core in os.sched_getaffinity(thread.id)}
+    return {**placed, "training, other threads": {"cores": sorted(others)}}
+
+
+def _figures(
+    pairs: Sequence[Pair], field: str, sides: Callable[[Pair], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+) -> dict[str, Any]:
+    values = [
+        ([step[field] for step in control], [step[field] for step in treated])
+        for control, treated in (sides(one) for one in pairs)
+    ]
+    return {
+        name: measure.change_percent(values, statistic)
+        for name, statistic in (("median", measure.median), ("p99", measure.p99))
+    }
+
+
+# ---- once it is part of the network ----------------------------------------------------------------------------------
+
+
+def fossilized(folder: Path, blueprint: Blueprint, slot: str, size: int, rounds: int) -> dict[str, Any]:
+    """A grown network against its plain PyTorch twin."""
+    folder.mkdir(parents=True)
+    config = config_of(
+        data={"limit": None, "batch_size": 32},
+        model={"widths": [16, 24, 32, 32]},
+        training={"epochs": 4, "device": "cpu", "optimizer": {"learning_rate": 0.1}},
+        growth={
+            "window": [0.1, 0.6],
+            "decisions": 2,
+            "isolation_steps": 5,
+            "blend_steps": 5,
+            "stabilization_steps": 2,
+            "fine_tuning_steps": 2,
+            "evaluation": {"threshold": -100.0, "min_epochs": 0},
+        },
+    )
+    harness = Harness(folder, config, grow_once((slot, blueprint, size)))
+    trainer = harness.trainer()
+    trainer.train()
+    states = {str(record.state) for record in trainer.engine.seeds()}
+    assert states == {"FOSSILIZED"}, f"the seed ended otherwise: {states}"
+    exported = export(trainer.engine, folder / "export", config.model, harness.data)
+    batch = trainer.batches.at(0, 0)
+    networks = {"static": rebuild.load(harness.build_host(), exported), "grown": trainer.model}
+    logits = [network.eval()(batch.images) for network in networks.values()]
+    assert torch.equal(*logits), "these are two different networks: nothing can be compared"
+    turns = {name: _turns(network.train(), batch.images, batch.labels) for name, network in networks.items()}
+    pairs = []
+    generator = random.Random(0)
+    for _ in range(rounds):
+        names = generator.sample(sorted(turns), 2)
+        spent = {name: next(turns[name])[0] for name in names}
+        pairs.append(([spent["static"]], [spent["grown"]]))
+    memory = {name: next(turn)[1] for name, turn in turns.items()}
+    change = measure.change_percent(pairs, measure.median)
+    more = 100.0 * (memory["grown"] / memory["static"] - 1.0)
+    return {
+        "percent": change["percent"],
+        "interval": change["interval"],
+        "holds": measure.below(FOSSILIZED_LIMIT_PERCENT, change["interval"]),
+        "memory_bytes": memory,
+        "memory_percent": more,
+        "memory_holds": more < FOSSILIZED_LIMIT_PERCENT,
+        "cpu_ms_per_step": {
+            name: 1e3 * measure.median([pair[side][0] for pair in pairs])
+            for side, name in enumerate(("static", "grown"))
+        },
+        "rounds": rounds,
+    }
+
+
+def _turns(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[float, int]]:
+    """CPU seconds per step of one turn, and the bytes that training holds, again and again."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images), labels)
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+    while True:
+        step()
+        before = time.thread_time()
+        for _ in range(_TURN):
+            step()
+        spent = (time.thread_time() - before) / _TURN
+        yield spent, _bytes(network, optimizer, images, labels)
+
+
+def _bytes(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> int:
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = F.cross_entropy(network(images), labels)
+    for tensor in (*network.parameters(), *network.buffers()):
+        keep(tensor.detach())
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                keep(value)
+    del loss
+    return sum(held.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and writes JSON; 0 whatever the figures are."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--decisions", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=100, help="turns of the fossilized and the static network")
+    arguments = parser.parse_args(argv)
+    before = measure.environment()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="esper-stall-") as name:
+        folder = Path(name)
+        live = in_flight(folder / "run", arguments.decisions)
+        settled = {
+            "widening": fossilized(folder / "widening", WIDEN, "groups.1.conv1", 12, arguments.rounds),
+            "branch": fossilized(folder / "branch", BRANCH, "span:groups.3", 16, arguments.rounds),
+        }
+    result = {
+        "in_flight": live,
+        "fossilized": settled,
+        "limits_percent": {"in_flight_p99": STALL_LIMIT_PERCENT, "fossilized": FOSSILIZED_LIMIT_PERCENT},
+        "method": __doc__,
+        "environment": {"before": before, "after": measure.environment()},
+    }
+
+    def row(change: dict[str, Any], percent: str = "percent", interval: str = "interval") -> str:
+        low, high = change[interval]
+        return f"{change[percent]:+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+    rows = [
+        ("windows, steps in them", f"{live['windows']}, {live['steps']}, {json.dumps(live['window_seconds'])} s"),
+        ("step time, median", row(live["step_time"]["median"])),
+        ("step time, p99", row(live["step_time"]["p99"], "pooled_percent", "pooled_interval") + " (limit 5 %)"),
+        ("p99 of idle steps against idle steps", row(live["noise"]["p99"], "pooled_percent", "pooled_interval")),
+        ("steps that waited", str(live["steps_that_waited"])),
+        *(
+            (f"fossilized {name}", f"{row(found)}, memory {found['memory_percent']:+.2f} %")
+            for name, found in settled.items()
+        ),
+    ]
+    measure.publish(arguments.out, result, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
