@@ -400,6 +400,20 @@ def test_a_module_used_twice_or_sharing_weights_or_with_hooks_is_refused() -> No
     assert "forward hooks" in look(hooked).refused["conv1"]
 
 
+def test_groups_over_a_concatenation_are_refused() -> None:
+    class Joined(Forward):
+        def __init__(self) -> None:
+            super().__init__(nn.GroupNorm(2, 8))
+            self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+
+        def forward(self, values: Tensor) -> Tensor:
+            wide = self.conv1(values)
+            out: Tensor = self.head(self.conv2(self.get_submodule("between")(torch.cat([wide, -wide], 1))).mean((2, 3)))
+            return out
+
+    assert "would move over a concatenation" in look(Joined()).refused["conv1"]
+
+
 def test_weights_that_the_code_reads_itself_are_refused() -> None:
     class Reads(Forward):
         def forward(self, values: Tensor) -> Tensor:
