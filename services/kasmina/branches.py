@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from services.blueprints.builder.branches import Branch
+from services.blueprints.families.family import BranchSource
 
 
 class BridgeMode(StrEnum):
@@ -37,15 +38,34 @@ class Bridge(nn.Module):
         head: Head of the branch's own loss; ``None`` once it is blended in.
         alpha: Share of the branch, a 0-d buffer (a Python number would recompile compiled graphs); gone once settled.
         off: Skip the branch: exactly the network without it.
+
+    Args:
+        host: The module to bridge.
+        branch: The branch.
+        channels: Channels it writes.
+        spatial: Whether channels are the second dimension (maps) or the last one.
+        reads: Channels it reads, if they are others.
+        source: Whether it reads what enters the span or what leaves it.
     """
 
     alpha: Tensor
 
-    def __init__(self, host: nn.Module, branch: Branch, *, channels: int, spatial: bool) -> None:
+    def __init__(
+        self,
+        host: nn.Module,
+        branch: Branch,
+        *,
+        channels: int,
+        spatial: bool,
+        reads: int | None = None,
+        source: BranchSource = "input",
+    ) -> None:
         super().__init__()
         self.host = host
         self.branch = branch
         self.head: nn.Linear | None = None
+        self.reads = channels if reads is None else reads
+        self.source = source
         self.channels = channels
         self.spatial = spatial
         self.mode = BridgeMode.BLENDED
@@ -97,22 +117,29 @@ class Bridge(nn.Module):
             return outputs
         if self._share == 0.0:
             return outputs  # adding zero times something would turn -0.0 into 0.0
-        added = self.branch(self._own(inputs))
+        added = self.branch(self._read(inputs, outputs))
         if self._share != 1.0:
             added = self.alpha * added
         return self._add(outputs, added)
 
     def _learn_alone(self, inputs: Tensor, outputs: Tensor) -> None:
-        joined = self._own(outputs.detach()) + self.branch(self._own(inputs.detach()))
+        outputs = outputs.detach()
+        joined = self._own(outputs) + self.branch(self._read(inputs.detach(), outputs))
         positions = (2, 3) if self.spatial else tuple(range(1, joined.dim() - 1))
         pooled = joined.mean(positions) if positions else joined
         self.logits = cast("nn.Linear", self.head)(pooled)
 
+    def _read(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return self._own(outputs) if self.source == "output" else self._first(inputs, self.reads)
+
     def _own(self, values: Tensor) -> Tensor:
+        return self._first(values, self.channels)
+
+    def _first(self, values: Tensor, channels: int) -> Tensor:
         dimension = 1 if self.spatial else values.dim() - 1
-        if values.shape[dimension] == self.channels:
+        if values.shape[dimension] == channels:
             return values
-        return values.narrow(dimension, 0, self.channels)
+        return values.narrow(dimension, 0, channels)
 
     def _add(self, outputs: Tensor, added: Tensor) -> Tensor:
         dimension = 1 if self.spatial else outputs.dim() - 1

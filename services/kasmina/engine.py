@@ -239,11 +239,19 @@ class GrowthEngine:
         rows = self._network.changes()
         for record in self._bridged():
             plan = self._plans[record.seed]
-            channels = channels_of(plan.interface.output_shape)
-            layers = families.FAMILIES[record.family].layers(plan.blueprint.parameters, plan.interface, record.size)
-            path = self._analysis.spans[record.slot].path
-            shape = (channels, record.size, channels)
-            rows.append(LayerChange(path, f"branch:{record.family}", (), shape, layers))
+            family, interface = families.FAMILIES[record.family], plan.interface
+            reads, writes = _ends(family, interface)
+            rows.append(
+                LayerChange(
+                    path=self._analysis.spans[record.slot].path,
+                    operation=f"branch:{record.family}",
+                    before_shape=(),
+                    after_shape=(reads, record.size, writes),
+                    layers=family.layers(plan.blueprint.parameters, interface, record.size),
+                    spatial=len(interface.output_shape) == 3,
+                    source=family.source,
+                )
+            )
         return rows
 
     def health_samples_needed(self) -> int:
@@ -413,8 +421,16 @@ class GrowthEngine:
         branch = build_branch(plan.blueprint, plan.interface, record.size, seed)
         reference = next(self.model.parameters())
         branch.to(device=reference.device, dtype=reference.dtype)
-        shape = plan.interface.output_shape
-        return Bridge(self._network.spanned(record.slot), branch, channels=channels_of(shape), spatial=len(shape) == 3)
+        family = families.FAMILIES[record.family]
+        reads, writes = _ends(family, plan.interface)
+        return Bridge(
+            self._network.spanned(record.slot),
+            branch,
+            reads=reads,
+            channels=writes,
+            spatial=len(plan.interface.output_shape) == 3,
+            source=family.source,
+        )
 
     # ------------------------------------------------------------------ its life
 
@@ -812,6 +828,11 @@ class GrowthEngine:
 
 def _in_words(worth: Contribution) -> str:
     return f"{worth.points:+.2f} points [{worth.low:+.2f}, {worth.high:+.2f}]"
+
+
+def _ends(family: families.Family, interface: Interface) -> tuple[int, int]:
+    """Channels that a branch reads and writes."""
+    return channels_of(families.entering_shape(family, interface)), channels_of(interface.output_shape)
 
 
 def _check_family(family: str, interface: Interface, size: int) -> None:

@@ -130,6 +130,8 @@ class LayerChange:
         layers: Layers of a branch in forward order, enough to build it again. It reads and writes the first
             channels of the module at ``path``, whose tensors are under ``<path>.host`` then, its own under
             ``<path>.branch.<layer>``; a second branch on the same path stands around the first.
+        spatial: Whether a branch runs over maps [C, H, W]: its channels come first then, else last.
+        source: What a branch reads: ``input`` or ``output`` of the module at ``path``.
     """
 
     path: str
@@ -137,6 +139,8 @@ class LayerChange:
     before_shape: tuple[int, ...]
     after_shape: tuple[int, ...]
     layers: tuple[LayerSpec, ...] = ()
+    spatial: bool = False
+    source: str = "input"
 
 
 @dataclass(frozen=True, slots=True)

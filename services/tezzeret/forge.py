@@ -58,7 +58,7 @@ def forge(request: Mapping[str, JsonValue], stage: Callable[[str], None]) -> byt
         tensors: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     else:
         branch = build_branch(blueprint, interface, size, seed)
-        modules = [(branch, interface.input_shape)]
+        modules = [(branch, families.entering_shape(family, interface))]
         tensors = {name: parameter.detach().numpy() for name, parameter in branch.named_parameters()}
     stage("COMPILING")
     # A static graph: no control flow that depends on data.

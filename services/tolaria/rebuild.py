@@ -28,27 +28,110 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PLAIN = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "flatten": nn.Flatten}
+
+
+class MeanPool(nn.Module):
+    """The mean over some dimensions, which stay with one entry."""
+
+    def __init__(self, *dimensions: int) -> None:
+        super().__init__()
+        self.dimensions = dimensions
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Shape as before, 1 in the dimensions."""
+        return values.mean(self.dimensions, keepdim=True)
+
+
+class Attention(nn.Module):
+    """Self-attention over positions: [N, 3 S, H, W] to [N, S, H, W], or [N, T, 3 S] to [N, T, S]."""
+
+    def __init__(self, heads: int, *, spatial: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.spatial = spatial
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Queries, keys and values in, their mixture out."""
+        tokens = values.flatten(2).transpose(1, 2) if self.spatial else values
+        split: Tensor = torch.unflatten(tokens, 2, (3, self.heads, -1))
+        parts = split.permute(2, 0, 3, 1, 4)
+        queries, keys, content = parts[0], parts[1], parts[2]
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+        mixed = (scores.softmax(-1) @ content).transpose(1, 2).flatten(2)
+        return (
+            mixed.transpose(1, 2).reshape(values.shape[0], -1, values.shape[2], values.shape[3])
+            if self.spatial
+            else mixed
+        )
+
+
+class Gate(nn.Module):
+    """What entered the branch times tanh of what arrives here."""
+
+    def forward(self, values: Tensor, entered: Tensor) -> Tensor:
+        """Shape of ``entered``; ``values`` may have one position only."""
+        return entered * values.tanh()
+
+
+class Difference(nn.Module):
+    """What arrives here minus what entered the branch."""
+
+    def forward(self, values: Tensor, entered: Tensor) -> Tensor:
+        """Shape of both."""
+        return values - entered
+
+
+class Branch(nn.Sequential):
+    """The layers of a branch, first to last."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Through all layers."""
+        values = inputs
+        for layer in self:
+            values = layer(values, inputs) if isinstance(layer, (Gate, Difference)) else layer(values)
+        return values
+
+
+_PLAIN: "dict[str, Callable[[Mapping[str, Any]], nn.Module]]" = {
+    "relu": lambda _: nn.ReLU(),
+    "gelu": lambda _: nn.GELU(),
+    "silu": lambda _: nn.SiLU(),
+    "tanh": lambda _: nn.Tanh(),
+    "flatten": lambda _: nn.Flatten(),
+    "mean_pool1d": lambda _: MeanPool(1),
+    "mean_pool2d": lambda _: MeanPool(2, 3),
+    "max_pool2d": lambda spec: nn.MaxPool2d(spec["kernel_size"]),
+    "attention1d": lambda spec: Attention(spec["heads"], spatial=False),
+    "attention2d": lambda spec: Attention(spec["heads"], spatial=True),
+    "gate": lambda _: Gate(),
+    "difference": lambda _: Difference(),
+}
 
 
 class Bridge(nn.Module):
-    """``host`` with a branch beside it: both see the same input, the outputs are added.
+    """``host`` with a branch beside it that reads what enters it (or what leaves it); their outputs are added.
 
-    Where the span became wider than the branch, the branch reads and writes the first ``channels`` channels.
+    Where the span became wider than the branch, the branch reads the first ``reads`` channels and writes the first
+    ``channels``.
     """
 
-    def __init__(self, host: nn.Module, branch: nn.Module, *, channels: int, spatial: bool) -> None:
+    def __init__(
+        self, host: nn.Module, branch: nn.Module, *, reads: int, channels: int, spatial: bool, source: str
+    ) -> None:
         super().__init__()
         self.host = host
         self.branch = branch
+        self.reads = reads
         self.channels = channels
         self.spatial = spatial
+        self.source = source
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes are those of ``host``."""
         outputs: Tensor = self.host(inputs)
         axis = 1 if self.spatial else inputs.dim() - 1
-        added: Tensor = self.branch(inputs.narrow(axis, 0, self.channels))
+        seen = outputs if self.source == "output" else inputs
+        added: Tensor = self.branch(seen.narrow(axis, 0, self.reads))
         rest = outputs.shape[axis] - self.channels
         own = outputs.narrow(axis, 0, self.channels) + added
         return torch.cat([own, outputs.narrow(axis, self.channels, rest)], axis) if rest else own
@@ -110,20 +193,22 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _bridged(layer: nn.Module, change: Mapping[str, Any]) -> nn.Module:
-    branch = nn.Sequential()
+    branch = Branch()
     for spec in change["layers"]:
         branch.add_module(spec["name"], _branch_layer(spec))
-    spatial = any(spec["operation"].endswith("2d") for spec in change["layers"])
     reference = next(layer.parameters())
     branch.to(reference.device, reference.dtype)
-    return Bridge(layer, branch, channels=change["after_shape"][0], spatial=spatial).train(layer.training)
+    reads, _, channels = change["after_shape"]
+    return Bridge(
+        layer, branch, reads=reads, channels=channels, spatial=change["spatial"], source=change["source"]
+    ).train(layer.training)
 
 
 def _branch_layer(spec: Mapping[str, Any]) -> nn.Module:
     operation, inputs, outputs = spec["operation"], spec["inputs"], spec["outputs"]
     if operation in ("conv2d", "depthwise_conv2d"):
         side, groups = spec["kernel_size"], inputs if operation == "depthwise_conv2d" else 1
-        return nn.Conv2d(inputs, outputs, side, padding=side // 2, groups=groups, bias=spec["bias"])
+        return nn.Conv2d(inputs, outputs, side, spec["stride"], side // 2, groups=groups, bias=spec["bias"])
     if operation == "linear":
         return nn.Linear(inputs, outputs, bias=spec["bias"])
     normalizations: dict[str, Callable[[int], nn.Module]] = {
@@ -132,7 +217,7 @@ def _branch_layer(spec: Mapping[str, Any]) -> nn.Module:
         "layer_norm": nn.LayerNorm,
         "group_norm": lambda channels: nn.GroupNorm(1, channels),
     }
-    return normalizations[operation](outputs) if operation in normalizations else _PLAIN[operation]()
+    return normalizations[operation](outputs) if operation in normalizations else _PLAIN[operation](spec)
 
 
 def _widen_parameter(model: nn.Module, change: Mapping[str, Any]) -> None:

@@ -24,7 +24,8 @@ WIDTH = Interface(
         LayerInterface("head", Operation.LINEAR, (10, 8 * 64), (10,), bias=True),
     ),
 )
-WIDEN, BOTTLENECK = families.builtin_blueprints()
+_BUILTIN = {blueprint.family: blueprint for blueprint in families.builtin_blueprints()}
+WIDEN, BOTTLENECK = _BUILTIN["widen"], _BUILTIN["residual_bottleneck"]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ from services.tolaria.progress import Progress, ProgressWriter, decode
 from services.tolaria.reporting import RunReporter
 from services.tolaria.trainer import TolariaTrainer
 
-WIDEN, BRANCH = families.builtin_blueprints()
+_BUILTIN = {blueprint.family: blueprint for blueprint in families.builtin_blueprints()}
+WIDEN, BRANCH = _BUILTIN["widen"], _BUILTIN["residual_bottleneck"]
 Policy = Callable[[observation_pb2.Observation], Sequence[tuple[str, Blueprint, int]]]
 
 
@@ -60,7 +61,7 @@ def compile_kernel(target: KernelTarget, keys: signature.KeyPair) -> KernelFile:
     tensors = {}
     if family.path == "branch":
         branch = build_branch(target.blueprint, target.interface, target.size, target.init_seed)
-        tensors = {name: tensor.detach().numpy() for name, tensor in branch.state_dict().items()}
+        tensors = {name: tensor.detach().numpy() for name, tensor in branch.named_parameters()}
     parameters = family.parameters(target.blueprint.parameters, target.interface, target.size)
     manifest = Manifest(
         blueprint=target.blueprint,

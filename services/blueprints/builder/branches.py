@@ -14,8 +14,77 @@ from services.blueprints.spec import Blueprint, Interface, SlotKind, SpecError
 from services.blueprints.vocabulary import NORMALIZATIONS, InitRule, LayerSpec, Operation
 
 
+class MeanPool(nn.Module):
+    """The mean over some dimensions, which stay with one entry."""
+
+    def __init__(self, *dimensions: int) -> None:
+        super().__init__()
+        self.dimensions = dimensions
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Shape as before, 1 in the dimensions."""
+        return values.mean(self.dimensions, keepdim=True)
+
+
+class Attention(nn.Module):
+    """Scaled dot-product self-attention without weights (Vaswani et al. 2017), its products written out.
+
+    A fused kernel may sum in another order from call to call; a run has to repeat to the last bit.
+    """
+
+    def __init__(self, heads: int, *, spatial: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.spatial = spatial
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[N, 3 S, H, W] to [N, S, H, W], or [N, T, 3 S] to [N, T, S]."""
+        tokens = values.flatten(2).transpose(1, 2) if self.spatial else values
+        split: Tensor = torch.unflatten(tokens, 2, (3, self.heads, -1))
+        parts = split.permute(2, 0, 3, 1, 4)
+        queries, keys, content = parts[0], parts[1], parts[2]
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+        mixed = (scores.softmax(-1) @ content).transpose(1, 2).flatten(2)
+        return (
+            mixed.transpose(1, 2).reshape(values.shape[0], -1, values.shape[2], values.shape[3])
+            if self.spatial
+            else mixed
+        )
+
+
+class Reentrant(nn.Module):
+    """A layer that looks at what entered the branch, too."""
+
+    def forward(self, values: Tensor, entered: Tensor) -> Tensor:
+        """Shape of ``entered``."""
+        raise NotImplementedError
+
+
+class Gate(Reentrant):
+    """What entered times tanh of what arrives."""
+
+    def forward(self, values: Tensor, entered: Tensor) -> Tensor:
+        """Shape of ``entered``; ``values`` may have one position only."""
+        return entered * values.tanh()
+
+
+class Difference(Reentrant):
+    """What arrives minus what entered."""
+
+    def forward(self, values: Tensor, entered: Tensor) -> Tensor:
+        """Shape of both."""
+        return values - entered
+
+
 class Branch(nn.Sequential):
     """A branch: its layers by their names, first to last."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Through all layers."""
+        values = inputs
+        for layer in self:
+            values = layer(values, inputs) if isinstance(layer, Reentrant) else layer(values)
+        return values
 
 
 def build_branch(blueprint: Blueprint, interface: Interface, size: int, init_seed: int) -> Branch:
@@ -48,12 +117,19 @@ def build_branch(blueprint: Blueprint, interface: Interface, size: int, init_see
     return branch
 
 
-_WITHOUT_TENSORS: dict[Operation, Callable[[], nn.Module]] = {
-    Operation.RELU: nn.ReLU,
-    Operation.GELU: nn.GELU,
-    Operation.SILU: nn.SiLU,
-    Operation.TANH: nn.Tanh,
-    Operation.FLATTEN: nn.Flatten,
+_WITHOUT_TENSORS: dict[Operation, Callable[[LayerSpec], nn.Module]] = {
+    Operation.RELU: lambda _: nn.ReLU(),
+    Operation.GELU: lambda _: nn.GELU(),
+    Operation.SILU: lambda _: nn.SiLU(),
+    Operation.TANH: lambda _: nn.Tanh(),
+    Operation.FLATTEN: lambda _: nn.Flatten(),
+    Operation.MEAN_POOL1D: lambda _: MeanPool(1),
+    Operation.MEAN_POOL2D: lambda _: MeanPool(2, 3),
+    Operation.MAX_POOL2D: lambda spec: nn.MaxPool2d(spec.kernel_size),
+    Operation.ATTENTION1D: lambda spec: Attention(spec.heads, spatial=False),
+    Operation.ATTENTION2D: lambda spec: Attention(spec.heads, spatial=True),
+    Operation.GATE: lambda _: Gate(),
+    Operation.DIFFERENCE: lambda _: Difference(),
 }
 
 
@@ -61,10 +137,16 @@ def _layer(spec: LayerSpec) -> nn.Module:
     """One layer, its tensors not initialized (so that nothing is drawn from the global generator)."""
     match spec.operation:
         case Operation.CONV2D | Operation.DEPTHWISE_CONV2D:
-            groups = spec.inputs if spec.operation is Operation.DEPTHWISE_CONV2D else 1
-            side = spec.kernel_size
-            sizes = (spec.inputs, spec.outputs, side)
-            layer: nn.Module = nn.Conv2d(*sizes, padding=side // 2, groups=groups, bias=spec.bias, device="meta")
+            layer: nn.Module = nn.Conv2d(
+                spec.inputs,
+                spec.outputs,
+                spec.kernel_size,
+                stride=spec.stride,
+                padding=spec.kernel_size // 2,
+                groups=spec.inputs if spec.operation is Operation.DEPTHWISE_CONV2D else 1,
+                bias=spec.bias,
+                device="meta",
+            )
             return layer.to_empty(device="cpu")
         case Operation.LINEAR:
             return nn.Linear(spec.inputs, spec.outputs, bias=spec.bias, device="meta").to_empty(device="cpu")
@@ -77,7 +159,7 @@ def _layer(spec: LayerSpec) -> nn.Module:
         case Operation.LAYER_NORM:
             return nn.LayerNorm(spec.outputs)
         case operation:
-            return _WITHOUT_TENSORS[operation]()
+            return _WITHOUT_TENSORS[operation](spec)
 
 
 def _initialize(layer: nn.Module, spec: LayerSpec, scale: float, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The families of blueprints. To add one is to add a file here and one line to ``_FAMILIES``.
+"""The families of blueprints. To add one is to add a file here that holds its ``FAMILY``: all of them are found.
 
 A family says, without torch: which parameters it takes, where it may go, what it costs, which path through the
 seed lifecycle it walks, how its weights are born, and of which layers it is made.
@@ -6,19 +6,36 @@ seed lifecycle it walks, how its weights are born, and of which layers it is mad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from services.blueprints.artifact import Kernel
-from services.blueprints.families import residual_bottleneck, widen
 from services.blueprints.families.family import Family
 from services.blueprints.spec import Blueprint, Interface, SpecError, check_size
 
-__all__ = ["FAMILIES", "Family", "builtin_blueprints", "check", "check_fit", "check_kernel", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "builtin_blueprints",
+    "check",
+    "check_fit",
+    "check_kernel",
+    "discovered",
+    "entering_shape",
+    "family_of",
+]
 
-_FAMILIES: tuple[Family, ...] = (widen.FAMILY, residual_bottleneck.FAMILY)
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _FAMILIES})
+def discovered(path: Iterable[str]) -> Mapping[str, Family]:
+    """The ``FAMILY`` of every module of this package that is found on ``path``, by name."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(path))
+    families: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return MappingProxyType({family.name: family for family in sorted(families, key=lambda family: family.name)})
+
+
+FAMILIES: Mapping[str, Family] = discovered(__path__)
 """All families by name."""
 
 
@@ -80,6 +97,11 @@ def check_kernel(kernel: Kernel) -> Family:
             wanted, has = expected.get(name, "no such tensor"), found.get(name, "none")
             raise SpecError(f"tensors.{name[:64]}", f"{family.name} wants {wanted}, the kernel has {has}")
     return family
+
+
+def entering_shape(family: Family, interface: Interface) -> tuple[int, ...]:
+    """Shape of one sample of what a family's branch reads at a SPAN."""
+    return interface.output_shape if family.source == "output" else interface.input_shape
 
 
 def builtin_blueprints() -> tuple[Blueprint, ...]:

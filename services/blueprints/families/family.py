@@ -11,6 +11,9 @@ from services.blueprints.vocabulary import InitRule, LayerSpec
 LifecyclePath: TypeAlias = Literal["widening", "branch"]
 """Paths through the seed lifecycle, as Kasmina's table names them."""
 
+BranchSource: TypeAlias = Literal["input", "output"]
+"""What a branch reads: what enters its span, or what leaves it."""
+
 
 class Family(Protocol):
     """A kind of blueprint. Implementations are stateless.
@@ -33,6 +36,10 @@ class Family(Protocol):
     @property
     def path(self) -> LifecyclePath:
         """Its path through the seed lifecycle."""
+
+    @property
+    def source(self) -> BranchSource:
+        """What its branch reads; of no meaning for a widening."""
 
     @property
     def defaults(self) -> Mapping[str, Scalar]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from services.blueprints.families.family import LifecyclePath
+from services.blueprints.families.family import BranchSource, LifecyclePath
 from services.blueprints.spec import InitRecipe, Interface, LayerInterface, Scalar, SlotKind, SpecError
 from services.blueprints.vocabulary import CONVOLUTIONS, DEPTHWISE, NORMALIZATIONS, InitRule, LayerSpec, Operation
 
@@ -28,6 +28,7 @@ class Widen:
     description: Final = "More channels for a set of layers that change together; the output is unchanged at birth."
     slot_kind: Final = SlotKind.WIDTH
     path: Final[LifecyclePath] = "widening"
+    source: Final[BranchSource] = "input"
     defaults: Final[Mapping[str, Scalar]] = {}
     initialization: Final = InitRecipe(InitRule.LIVE_RMS)
     rules: Final = frozenset({InitRule.LIVE_RMS})
