@@ -34,7 +34,7 @@ from services.kasmina.errors import (
     UnknownSeedError,
     UnknownSlotError,
 )
-from services.kasmina.graph import analyze
+from services.kasmina.graph import analyze, with_named_layers
 from services.kasmina.lifecycle import (
     ALIVE,
     FAMILY_PATHS,
@@ -44,6 +44,7 @@ from services.kasmina.lifecycle import (
     check_transition,
     next_on_path,
 )
+from services.kasmina.merging import merge
 from services.kasmina.model import (
     Contribution,
     CostTerm,
@@ -94,7 +95,7 @@ class GrowthEngine:
         self._settings = settings
         self._outputs = outputs
         self._seed = seed
-        self._analysis = analyze(model, example_input)
+        self._analysis = with_named_layers(analyze(model, example_input), settings.slots or ())
         self._network = GrowingNetwork(model, self._analysis)
         self._refused = dict(self._analysis.refused)
         self._slots = self._select()
@@ -610,7 +611,25 @@ class GrowthEngine:
         self._update(seed_id, outcome=SeedState.FOSSILIZED, alpha=1.0)
         if record.slot in self._analysis.spans:
             self._bridge_of(seed_id).settle()
-        return self._with_replaced(self._fuse_settled(record.slot))
+        return self._settled(record.slot)
+
+    def _settled(self, slot: str) -> SeedTransition:
+        """Make free what can be free after the last transition, in this slot and of branches that waited for it."""
+        replaced = self._fuse_settled(slot)
+        self._merge_settled()
+        return self._with_replaced(replaced)
+
+    def _merge_settled(self) -> None:
+        """Merge fossilized branches into their layers; around a layer that still has seeds of its own they wait.
+
+        Oldest first: a merge uncovers the layer to the branch around it.
+        """
+        for graft in list(self._network.grafts.values()):
+            fossilized = self._records[graft.seed].state is SeedState.FOSSILIZED
+            if graft.bridge is not None and fossilized and merge(graft.bridge):
+                self._network.remove(graft.seed)
+                del self._plans[graft.seed]
+                self._update(graft.seed, parameters=0, flops=0)
 
     def _fuse_settled(self, slot: str) -> list[Replacement]:
         """Fuse fossilized widenings of a slot, oldest first; one above a seed that may still leave has to wait."""
@@ -679,7 +698,7 @@ class GrowthEngine:
         if state is SeedState.ROLLED_BACK:
             self._quarantined.add(record.blueprint)
         self._move(seed_id, state, step, reason)
-        return self._with_replaced(self._fuse_settled(record.slot))
+        return self._settled(record.slot)
 
     def expire(self, epoch: int) -> list[SeedTransition]:
         """End embargoes and locks that are over by ``epoch``."""

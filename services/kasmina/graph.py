@@ -7,13 +7,14 @@ SPAN. The traced graph is thrown away: fx is for analysis only.
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -376,6 +377,21 @@ class _Bill:
 
     def costs(self) -> tuple[Cost, ...]:
         return tuple(Cost(f, p, slots) for slots, (f, p) in self._terms.items() if f or p)
+
+
+def with_named_layers(analysis: Analysis, patterns: Iterable[str]) -> Analysis:
+    """``analysis`` with a SPAN slot around each single layer that a pattern names as ``span:<path>``.
+
+    Adapters are merged into single layers, so users may ask for them; by default a network has SPANs around modules.
+    """
+    wanted = [pattern for pattern in patterns if pattern.startswith(SPAN_PREFIX)]
+    spans = dict(analysis.spans)
+    for path, site in analysis.sites.items():
+        name = SPAN_PREFIX + path
+        mixes = site.operation in (Operation.CONV2D, Operation.LINEAR)
+        if mixes and name not in spans and any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
+            spans[name] = SpanSlot(name, path, *analysis.shapes[path])
+    return replace(analysis, spans=spans)
 
 
 def _costs(

@@ -24,7 +24,7 @@ from esper.common.v1 import common_pb2
 from esper.urza.v1 import blueprint_pb2, kernel_pb2
 from esper.urza.v1 import blueprint_service_pb2 as pb
 from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
-from services.blueprints import signature, wire
+from services.blueprints import families, signature, wire
 from services.blueprints.digest import sha256
 from services.blueprints.spec import Interface, SlotKind
 from services.chassis.errors import RemoteError, from_rpc_error
@@ -147,7 +147,8 @@ def test_it_is_healthy_and_has_the_built_in_blueprints(urza: Urza) -> None:
         )
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     names = {b.name for b in urza.stub.ListBlueprints(pb.ListBlueprintsRequest(tags=["builtin"])).blueprints}
-    assert names == {f"blueprints/{WIDEN.id}", f"blueprints/{BOTTLENECK.id}"}
+    assert names == {f"blueprints/{blueprint.id}" for blueprint in families.builtin_blueprints()}
+    assert names >= {f"blueprints/{WIDEN.id}", f"blueprints/{BOTTLENECK.id}"}
     got = urza.stub.GetBlueprint(pb.GetBlueprintRequest(name=f"blueprints/{BOTTLENECK.id}")).blueprint
     assert got.spec.parameters["reduction"].integer == 4
     assert got.spec.parameters["activation"].text == "gelu"

@@ -93,7 +93,17 @@ def test_every_operation_of_the_vocabulary_can_be_built(monkeypatch: pytest.Monk
         if other.applies_to(place) is None
         for spec in other.layers(other.defaults, place, 2)
     }
-    assert used | {spec.operation for spec in family.layers({}, SPAN, 3)} == set(Operation)
+    used |= {spec.operation for spec in family.layers({}, SPAN, 3)}
+    only_in_hosts = {
+        Operation.CONV1D,
+        Operation.CONV3D,
+        Operation.DEPTHWISE_CONV1D,
+        Operation.DEPTHWISE_CONV3D,
+        Operation.BATCH_NORM3D,
+        Operation.RMS_NORM,
+        Operation.PARAMETER,
+    }
+    assert used == set(Operation) - only_in_hosts
     monkeypatch.setattr(families, "check_fit", lambda *_: family)
     branch = build_branch(BRANCH, SPAN, 3, 1)
     assert branch(torch.randn(2, 4, 8, 8)).shape == (2, 6)

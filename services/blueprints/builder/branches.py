@@ -44,12 +44,10 @@ class Attention(nn.Module):
         parts = split.permute(2, 0, 3, 1, 4)
         queries, keys, content = parts[0], parts[1], parts[2]
         scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
-        mixed = (scores.softmax(-1) @ content).transpose(1, 2).flatten(2)
-        return (
-            mixed.transpose(1, 2).reshape(values.shape[0], -1, values.shape[2], values.shape[3])
-            if self.spatial
-            else mixed
-        )
+        mixed: Tensor = (scores.softmax(-1) @ content).transpose(1, 2).flatten(2)
+        if self.spatial:
+            mixed = mixed.transpose(1, 2).reshape(values.shape[0], -1, values.shape[2], values.shape[3])
+        return mixed
 
 
 class Reentrant(nn.Module):
