@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from services.blueprints import families
 from services.kasmina.lifecycle import SeedState
 from services.tolaria import export_process, models
 from services.tolaria.data.splits import DataSet, Normalization, Split
@@ -53,10 +54,10 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, channels, classes):
+    def __init__(self, channels, classes, blocks=2):
         super().__init__()
         self.stem = nn.Conv2d(channels, 4, 3, padding=1)
-        self.blocks = nn.Sequential(Block(4), Block(4))
+        self.blocks = nn.Sequential(*[Block(4) for _ in range(blocks)])
         self.head = nn.Linear(4, classes)
 
     def forward(self, images):
@@ -65,6 +66,10 @@ class Residual(nn.Module):
 
 def network(input_shape, classes):
     return Residual(input_shape[0], classes)
+
+
+def deep(input_shape, classes):
+    return Residual(input_shape[0], classes, blocks=10)
 """
 BARE = """
 import importlib.util, json, sys
@@ -102,6 +107,14 @@ def grown(folder: Path, policy: Policy, data: DataSet | None = None, **model: An
     trainer.train()
     assert [record.state for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED] * 2
     return trainer, harness
+
+
+@pytest.fixture
+def user_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's module ``residual`` can be imported."""
+    (tmp_path / "residual.py").write_text(RESIDUAL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "residual", raising=False)
 
 
 def rebuilt_bare(folder: Path, images: Tensor, expected: Tensor) -> str:
@@ -156,12 +169,10 @@ def rebuilt_bare(folder: Path, images: Tensor, expected: Tensor) -> str:
     ],
     ids=["batch-norm", "residual-branch", "mlp", "whitening-stem", "factory", "resnet", "vit"],
 )
+@pytest.mark.usefixtures("user_residual")
 def test_a_grown_network_leaves_in_every_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], policy: Policy, data: DataSet | None
+    tmp_path: Path, model: dict[str, Any], policy: Policy, data: DataSet | None
 ) -> None:
-    (tmp_path / "residual.py").write_text(RESIDUAL)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "residual", raising=False)
     trainer, harness = grown(tmp_path, policy, data, **model)
     folder = tmp_path / "export"
     export(trainer.engine, folder, harness.config.model, harness.data)
@@ -195,6 +206,30 @@ def test_a_grown_network_leaves_in_every_format(
     for file in ("model.pt2", "model.onnx"):
         assert str(Path(__file__).parents[2]).encode() not in (folder / file).read_bytes()
         assert str(tmp_path).encode() not in (folder / file).read_bytes()
+
+
+@pytest.mark.usefixtures("user_residual")
+def test_branches_of_every_family_leave_in_every_format(tmp_path: Path) -> None:
+    """One block of the network takes one family each: those that fit a residual block of four channels."""
+    config = config_of(model={"name": "factory", "factory": "residual:deep"}, growth=GROWTH)
+    residual = Harness(tmp_path, config)
+    interface = residual.trainer().engine.interface("span:blocks.0")
+    fitting = [
+        blueprint
+        for blueprint in families.builtin_blueprints()
+        if (family := families.FAMILIES[blueprint.family]).path == "branch" and family.applies_to(interface) is None
+    ]
+    assert "residual_bottleneck" in {blueprint.family for blueprint in fitting}
+    residual.policy = grow_once(*((f"span:blocks.{place}", each, 2) for place, each in enumerate(fitting)))
+    trainer = residual.trainer()
+    trainer.train()
+    assert [record.state for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED] * len(fitting)
+    folder = tmp_path / "export"
+    export(trainer.engine, folder, residual.config.model, residual.data)
+    check_rebuild(trainer.model, folder, models.build_host(residual.config.model, residual.data, 7), residual.data)
+    told: list[Any] = []
+    export_process.write(folder, ["torch_export", "onnx"], told.append)
+    assert [(each["format"], each.get("problem")) for each in told] == [("torch_export", None), ("onnx", None)]
 
 
 # ---- the exporting process -------------------------------------------------------------------------------------------
