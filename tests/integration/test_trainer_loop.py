@@ -112,6 +112,23 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     assert found[0][1:] == found[1][1:]
 
 
+def test_its_journal_alone_makes_the_same_run_again(tmp_path: Path) -> None:
+    """No controller, no compiler: nobody is asked anything."""
+    grown = Harness(tmp_path / "grown", keep_config(), ONCE).trainer()
+    expected = grown.train()
+    grown.journal.close()
+    for name in ("kernels", "keys"):
+        shutil.copytree(tmp_path / "grown" / name, tmp_path / "again" / name)
+    shutil.copy(tmp_path / "grown" / "journal.jsonl", tmp_path / "again")
+    again = Harness(tmp_path / "again", keep_config()).trainer(mesh=OfflineMesh())
+    again.resume()
+    result = again.train()
+    assert not again.journal.replaying
+    assert same(weights(again), weights(grown))
+    assert (result.test_accuracy, result.training_flops) == (expected.test_accuracy, expected.training_flops)
+    assert [record.outcome for record in again.engine.seeds()] == [SeedState.FOSSILIZED] * 2
+
+
 def test_a_seed_whose_kernel_never_comes_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
     harness = Harness(tmp_path, config_of(growth={"kernel_timeout_epochs": 2}), ONCE, polls=10**9)
     trainer = harness.trainer()
