@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.chassis.config.schema import TaskConfig
-from services.tolaria.errors import FactoryError, TolariaError
+from services.tolaria.errors import FactoryError
 from services.tolaria.factories import load_factory
 
 _T = TypeVar("_T")
@@ -172,8 +172,6 @@ class UserTask:
     def _asked(self, name: str, ask: Callable[[], _T]) -> _T:
         try:
             return ask()
-        except TolariaError:
-            raise
         except Exception as error:
             raise self._error(f"{name} failed: {type(error).__name__}: {error}") from error
 

@@ -145,6 +145,12 @@ def test_an_average_follows_by_its_definition_through_growth_and_fusion() -> Non
         assert torch.equal(fused.data, torch.cat([old, young]))
     assert torch.equal(fused.data, live)
 
+    unseen = torch.nn.Parameter(torch.full((1,), 5.0))
+    whole = torch.nn.Parameter(torch.cat([fused.data, unseen.data]))
+    parts = Replacement(whole, ((fused, (slice(0, 3),)), (unseen, (slice(3, 4),))))
+    average.sync([group("host", 0, whole)], [parts])
+    assert torch.equal(average.state()["host/0"], torch.cat([old, young, unseen.data])), "born and fused at once"
+
     average.sync([group("host", 0, host)])  # culled: what is gone is forgotten
     assert list(average.state()) == ["host/0"]
     other = WeightAverage(0.5)
