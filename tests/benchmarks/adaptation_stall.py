@@ -251,7 +251,8 @@ def fossilized(folder: Path, blueprint: Blueprint, slot: str, size: int, rounds:
     trainer.train()
     states = {str(record.state) for record in trainer.engine.seeds()}
     assert states == {"FOSSILIZED"}, f"the seed ended otherwise: {states}"
-    exported = export(trainer.engine, folder / "export", config.model, harness.data)
+    exported = folder / "export"
+    export(trainer.engine, exported, config.model, harness.data)
     batch = trainer.batches.at(0, 0)
     networks = {"static": rebuild.load(harness.build_host(), exported), "grown": trainer.model}
     logits = [network.eval()(batch.images) for network in networks.values()]
