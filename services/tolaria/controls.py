@@ -7,8 +7,8 @@
 All go through the same trainer on the same batches (the generators of data order and augmentation depend on the run's
 seed alone). ``host`` and ``bigger`` train for as many epochs as the run, or until they have spent as many FLOPs as it,
 growth's own included (``compare_at``); their schedules are fitted to that length. ``uniform`` takes as many steps as
-the run and, growing like it, spends nearly the same; its kernels are compiled already, so it waits for as long as the
-run waited for its own.
+the run and, growing like it, spends nearly the same; its kernels may be compiled already, so it waits at
+least as long as the run waited for its own.
 """
 
 from __future__ import annotations

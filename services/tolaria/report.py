@@ -185,7 +185,8 @@ def _seed_timeline(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mappin
     # A resumed run tells what it went through again: each transition counts once.
     told = [event for event in events if event["kind"] == "transition"]
     transitions = list({(event["seed"], event["to_state"], event["step"]): event for event in told}.values())
-    last = max((line["step"] for line in (*transitions, *metrics)), default=0)
+    own = (line for line in metrics if line["arm"] == GROWN)
+    last = max((line["step"] for line in (*transitions, *own)), default=0)
     bars = []
     for seed in dict.fromkeys(event["seed"] for event in transitions):
         story = [event for event in transitions if event["seed"] == seed]

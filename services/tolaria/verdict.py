@@ -16,6 +16,8 @@ from services.tolaria.progress import GROWN
 CONFIDENCE: Final = 0.95
 #: Costs that differ by less are called equal.
 _EQUAL_COST: Final = 0.02
+#: Points that the grown network may be worse than its shape from scratch, surely, and still be the cheaper choice.
+_MARGIN: Final = 1.0
 
 Choice = Literal["grow", "static", "no_gain", "not_compared", "no_result"]
 _TITLES: Final[Mapping[Choice, str]] = {
@@ -162,8 +164,9 @@ def _choose(host: Difference | None, bigger: Difference | None, cost_of_bigger: 
         return "no_gain"
     if bigger is None or bigger.sign > 0:
         return "grow"
-    # None is shown to be better: the cheaper one, and the simpler one where they cost the same.
-    return "grow" if cost_of_bigger > 1 + _EQUAL_COST else "static"
+    # None is shown to be better. That is no proof that they are equal: growing has to be cheaper, and surely not worse
+    # by more than the margin; else the simpler one.
+    return "grow" if cost_of_bigger > 1 + _EQUAL_COST and bigger.low > -_MARGIN else "static"
 
 
 def _share_of_cost(arm: Mapping[str, Any], grown: Mapping[str, Any]) -> float:
@@ -186,11 +189,13 @@ def _against_bigger(difference: Difference, cost: float) -> str:
     other = "its own final shape trained from scratch"
     match difference.sign:
         case 1:
-            return f"It is better than {other}: {difference} points, from scratch {_at(cost)}."
+            return f"It is better than {other}: {difference} points, that {_at(cost)}."
         case -1:
-            return f"It is worse than {other}: {difference} points, from scratch {_at(cost)}."
+            return f"It is worse than {other}: {difference} points, that {_at(cost)}."
+        case _ if difference.low > -_MARGIN:
+            return f"It is at most {-difference.low:.2f} points worse than {other}: {difference}, that {_at(cost)}."
         case _:
-            return f"No difference from {other} is shown: {difference} points, from scratch {_at(cost)}."
+            return f"It may be up to {-difference.low:.2f} points worse than {other}: {difference}, that {_at(cost)}."
 
 
 def _at(cost: float) -> str:

@@ -121,10 +121,14 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_whole_run(folder: Path) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
-    assert text.index("<h2>Verdict</h2>") < text.index("Grow</p>") < text.index("<h2>Validation accuracy</h2>")
+    assert (
+        text.index("<h2>Verdict</h2>")
+        < text.index("Use this static shape</p>")
+        < text.index("<h2>Validation accuracy</h2>")
+    )
     assert "better than the same host without growth: +10.00 [+6.00, +14.00] points, the host at equal FLOPs" in text
-    assert "No difference from its own final shape trained from scratch is shown: -1.00 [-3.00, +1.00]" in text
-    assert "from scratch at 191% of its FLOPs" in text
+    assert "up to 3.00 points worse than its own final shape trained from scratch: -1.00 [-3.00, +1.00]" in text
+    assert "that at 191% of its FLOPs" in text
     assert "over 360 test images, not over seeds" in text
     assert "90.00 [87.0, 93.0]" in text
     assert "trained for as many epochs as the run" in text
@@ -149,6 +153,14 @@ def test_a_whole_run(folder: Path) -> None:
     assert text.count('class="bar GRAFTING"') == 1, "what a resumed run tells again counts once"
     assert "<script" not in text
     assert "http" not in text, "nothing comes from elsewhere"
+
+
+def test_a_control_that_trains_longer_does_not_stretch_the_time_of_the_seeds(tmp_path: Path) -> None:
+    lines(tmp_path / "events.jsonl", transition("FOSSILIZED", 20))
+    lines(tmp_path / "metrics.jsonl", epoch("grown", 3), epoch("host", 999))
+    _, seeds = render(tmp_path).split("<h2>Seeds over time</h2>")
+    assert ">20<" in seeds, "the axis ends with the run, at step 30"
+    assert ">4000<" not in seeds
 
 
 def test_a_run_that_extends_a_trained_host(folder: Path) -> None:
