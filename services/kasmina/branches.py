@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from services.blueprints.builder.branches import Branch
 from services.blueprints.families.family import BranchSource
+from services.kasmina.blending import Evidence, Observed
 
 
 class BridgeMode(StrEnum):
@@ -71,6 +72,8 @@ class Bridge(nn.Module):
         self.mode = BridgeMode.BLENDED
         self.off = False
         self.logits: Tensor | None = None
+        self.observed: Observed = ""
+        self._evidence: Tensor | None = None
         self._share = 0.0
         self.register_buffer("alpha", next(branch.parameters()).new_zeros(()).detach())
         self.train(host.training)
@@ -95,8 +98,13 @@ class Bridge(nn.Module):
         self.head = head.to(device=reference.device, dtype=reference.dtype).train(self.training)
         self.mode = BridgeMode.ISOLATED
 
-    def blend(self) -> None:
-        """Leave isolation: the branch enters the forward pass with its present share; its head is dropped."""
+    def blend(self, observed: Observed = "") -> None:
+        """Leave isolation: the branch enters the forward pass with its present share; its head is dropped.
+
+        Args:
+            observed: What to measure in each training step until alpha is 1.
+        """
+        self.observed = observed
         self.head = None
         self.logits = None
         self.mode = BridgeMode.BLENDED
@@ -115,12 +123,43 @@ class Bridge(nn.Module):
             if self.training and torch.is_grad_enabled():
                 self._learn_alone(inputs, outputs)
             return outputs
+        observing = bool(self.observed) and self.training and torch.is_grad_enabled()
         if self._share == 0.0:
+            if observing:
+                with torch.no_grad():
+                    added = self.branch(self._read(inputs, outputs))
+                self._observe(added, outputs, outputs)
             return outputs  # adding zero times something would turn -0.0 into 0.0
         added = self.branch(self._read(inputs, outputs))
+        if observing:
+            branched = added.detach()
+            joined = self._add(outputs, self.alpha * added)
+            self._observe(branched, outputs, joined)
+            return joined
         if self._share != 1.0:
             added = self.alpha * added
         return self._add(outputs, added)
+
+    def take_evidence(self, loss: float | None) -> Evidence:
+        """What the last training step showed; read once."""
+        found, self._evidence = self._evidence, None
+        value = None if found is None else float(found)
+        if self.observed == "change":
+            return Evidence(loss, change=value)
+        return Evidence(loss, agreement=value)
+
+    def _observe(self, branched: Tensor, outputs: Tensor, joined: Tensor) -> None:
+        """Measure the branch's (detached) output against the span's, or against the gradient once that is known."""
+        if self.observed == "change":
+            # A span that puts out nothing changes without bound: infinity, and alpha waits.
+            self._evidence = branched.float().norm() / self._own(outputs.detach()).float().norm()
+        elif joined.requires_grad:
+
+            def look(gradient: Tensor) -> None:
+                down, along = -self._own(gradient).float(), branched.float()
+                self._evidence = (down * along).sum() / (down.norm() * along.norm())
+
+            joined.register_hook(look)  # type: ignore[no-untyped-call]  # torch ships no annotation for it
 
     def _learn_alone(self, inputs: Tensor, outputs: Tensor) -> None:
         outputs = outputs.detach()

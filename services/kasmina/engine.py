@@ -25,7 +25,8 @@ from services.blueprints.builder.branches import build_branch, load_tensors
 from services.blueprints.signature import interface_signature
 from services.blueprints.spec import Interface, SlotKind, SpecError, channels_of
 from services.chassis.config.schema import GrowthConfig
-from services.kasmina import health
+from services.kasmina import blending, health
+from services.kasmina.blending import BlendState, Evidence
 from services.kasmina.branches import Bridge
 from services.kasmina.errors import (
     CommandConflictError,
@@ -435,8 +436,13 @@ class GrowthEngine:
 
     # ------------------------------------------------------------------ its life
 
-    def tick(self, step: int) -> list[SeedTransition]:
-        """Advance what depends on steps: isolation, alpha ramps, stabilization. Call after each optimizer step."""
+    def tick(self, step: int, loss: float | None = None) -> list[SeedTransition]:
+        """Advance what depends on steps: isolation, blending, stabilization. Call after each optimizer step.
+
+        Args:
+            step: Optimizer steps made.
+            loss: The task's loss in this step, for schedules of alpha that look at it.
+        """
         self._step = step
         done: list[SeedTransition] = []
         if not self._network.grafts:
@@ -446,7 +452,7 @@ class GrowthEngine:
             if record.state is SeedState.TRAINING and elapsed >= self._settings.isolation_steps:
                 done.append(self._end_isolation(record.seed, step))
             elif record.state is SeedState.GRAFTING:
-                done += self._ramp(record.seed, step, elapsed)
+                done += self._blend(record.seed, step, elapsed, loss)
             elif record.state is SeedState.STABILIZATION and elapsed >= self._settings.stabilization_steps:
                 done.append(self._advance(record.seed, step, f"settled for {elapsed} steps"))
         return done
@@ -460,11 +466,20 @@ class GrowthEngine:
             return self._leave(seed_id, SeedState.CULLED, step, "its weights are not finite after isolation")
         return self._advance(seed_id, step, f"learned alone for {self._settings.isolation_steps} steps")
 
-    def _ramp(self, seed_id: str, step: int, elapsed: int) -> list[SeedTransition]:
-        share = 1.0 if elapsed >= self._settings.blend_steps else elapsed / self._settings.blend_steps
-        self._network.set_share(seed_id, share)
-        self._update(seed_id, alpha=share)
-        return [self._advance(seed_id, step, "alpha reached 1")] if share == 1.0 else []
+    def _blend(self, seed_id: str, step: int, elapsed: int, loss: float | None) -> list[SeedTransition]:
+        """One step of a seed's way from alpha 0 to 1."""
+        bridge, before = self._network.grafts[seed_id].bridge, self._records[seed_id].blend or BlendState()
+        schedule = blending.schedule_of(self._settings, widening=bridge is None)
+        seen = Evidence(loss) if bridge is None else bridge.take_evidence(loss)
+        after = blending.advance(schedule, self._settings, before, elapsed, seen)
+        self._network.set_share(seed_id, after.share)
+        self._update(seed_id, alpha=after.share, blend=after)
+        if after.share == 1.0:
+            if bridge is not None:
+                bridge.observed = ""
+            return [self._advance(seed_id, step, "alpha reached 1")]
+        reason = blending.overdue(schedule, self._settings, after, elapsed)
+        return [self._leave(seed_id, SeedState.CULLED, step, reason)] if reason else []
 
     def _advance(self, seed_id: str, step: int, reason: str) -> SeedTransition:
         """To the next stage of the family's path; sets up what that stage needs."""
@@ -480,7 +495,7 @@ class GrowthEngine:
         if state is SeedState.FOSSILIZED:
             return self._fossilize(seed_id, step, reason)
         if state is SeedState.GRAFTING:
-            self._bridge_of(seed_id).blend()
+            self._bridge_of(seed_id).blend(blending.observed(self._settings))
             self._measured.discard(seed_id)
             self._update(seed_id, graft_epoch=self._epoch)
         transition = self._move(seed_id, state, step, reason)
@@ -808,6 +823,8 @@ class GrowthEngine:
         if record.state is SeedState.TRAINING:
             bridge.isolate(self._outputs, _generator("head", self._seed, record.seed))
         bridge.set_share(record.alpha)
+        if record.state is SeedState.GRAFTING:
+            bridge.blend(blending.observed(self._settings))
         if record.state is SeedState.FOSSILIZED:
             bridge.settle()
         self._network.bridge(record.seed, record.slot, record.size, bridge)

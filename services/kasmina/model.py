@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from services.blueprints.spec import SlotKind
 from services.blueprints.vocabulary import LayerSpec
+from services.kasmina.blending import BlendState
 from services.kasmina.lifecycle import SeedState
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class SeedRecord:
         plan_contribution: Counterfactual of all seeds of its decision together, from when the first was judged;
             ``None`` if it was alone.
         alpha: Its share of the forward pass, 0..1.
+        blend: Where its blending stands; ``None`` where it has not begun or there is nothing to blend.
         parameters: Parameters it added.
         flops: Forward FLOPs per sample it added.
         free_epoch: Epoch at which the embargo or lock it left behind ends.
@@ -193,6 +195,7 @@ class SeedRecord:
     contribution: Contribution | None = None
     plan_contribution: Contribution | None = None
     alpha: float = 0.0
+    blend: BlendState | None = None
     parameters: int = 0
     flops: int = 0
     free_epoch: int | None = None

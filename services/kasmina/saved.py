@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from services.blueprints.spec import Blueprint, Interface
+from services.kasmina.blending import BlendState
 from services.kasmina.errors import TopologyError
 from services.kasmina.graph import Analysis
 from services.kasmina.lifecycle import SeedState
@@ -119,6 +120,8 @@ def _record(item: Mapping[str, Any]) -> SeedRecord:
     fields = {
         **item,
         "state": SeedState(item["state"]),
+        # Nor have states saved before blending had schedules.
+        "blend": None if item.get("blend") is None else BlendState(**item["blend"]),
         "outcome": None if outcome is None else SeedState(outcome),
         "contribution": _contribution(item["contribution"]),
         # States saved before plans were judged have none.

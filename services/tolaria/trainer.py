@@ -356,7 +356,7 @@ class TolariaTrainer:
             self.average.update(self.step)
         self.epoch_loss += value
         self.account.bill_steps(self.flops, len(batch.labels))
-        if transitions := self.engine.tick(self.step):
+        if transitions := self.engine.tick(self.step, value):
             self.coordinator.follow(transitions, self.epoch)
         self._show_progress(value)
 

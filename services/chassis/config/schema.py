@@ -249,6 +249,26 @@ class EvaluationConfig(Section):
     cull: Literal["remove", "rewind"] = Field(default="remove", description="How a culled seed leaves after grafting.")
 
 
+class BlendConfig(Section):
+    """How the share alpha of a branch goes from 0 to 1."""
+
+    schedule: Literal["fixed", "performance", "drift", "gradient"] = Field(
+        default="fixed",
+        description="fixed: a ramp over blend_steps. performance: held while the training loss rises beyond its noise. "
+        "drift: slowed so that the span's output changes little per step. gradient: held while more of the branch "
+        "would raise the loss.",
+    )
+    max_steps: int = Field(
+        default=500, ge=1, description="A seed whose alpha is not 1 after this many steps is culled (all but fixed)."
+    )
+    noise: float = Field(
+        default=2.0, gt=0, description="performance: a rise by this many standard errors of the loss is one."
+    )
+    drift: float = Field(
+        default=0.02, gt=0, description="drift: largest change of the span's output per step, relative to its norm."
+    )
+
+
 class GrowthConfig(Section):
     """Whether, when and how far the network grows."""
 
@@ -291,6 +311,7 @@ class GrowthConfig(Section):
     )
     isolation_steps: int = Field(default=100, ge=0, description="Steps a branch learns isolated (TRAINING).")
     blend_steps: int = Field(default=50, ge=1, description="Steps of the alpha ramp of a branch (GRAFTING).")
+    blend: BlendConfig = BlendConfig()
     stabilization_steps: int = Field(
         default=20, ge=0, description="Steps a blended branch stays frozen while normalisation settles (STABILIZATION)."
     )
@@ -306,6 +327,15 @@ class GrowthConfig(Section):
         start, end = self.window
         if not 0 <= start < end <= 1:
             raise ValueError(f"window: {start:g} to {end:g} is no part of the schedule; give 0 <= start < end <= 1")
+        return self
+
+    @model_validator(mode="after")
+    def _blending_can_end(self) -> Self:
+        if self.blend.schedule != "fixed" and self.blend.max_steps <= self.blend_steps:
+            raise ValueError(
+                f"blend.max_steps: {self.blend.max_steps} steps are not enough for a ramp of {self.blend_steps}; "
+                "give more, or fewer blend_steps"
+            )
         return self
 
 
