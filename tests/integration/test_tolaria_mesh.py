@@ -171,7 +171,7 @@ def test_a_kernel_that_cannot_be_is_refused_with_the_reason(mesh: MeshClient, tr
 def test_a_kernel_that_was_retired_is_refused_although_its_job_succeeded(
     services: Services, mesh: MeshClient, trainer: TolariaTrainer
 ) -> None:
-    target = target_of(trainer, seed=77)
+    target = target_of(trainer, seed=7001)
     digest = mesh.obtain_kernel(target).result(SECONDS)
     key = signature.load_private_key(services.run_dir / "state" / "keys")
     with grpc.insecure_channel(services.address("urza")) as channel:
@@ -181,7 +181,7 @@ def test_a_kernel_that_was_retired_is_refused_although_its_job_succeeded(
                 status=kernel_pb2.KERNEL_STATUS_RETIRED,
                 reason="a test",
                 attestation=signature.attest_status(key, bytes.fromhex(digest), "RETIRED"),
-                request_id="retired-77",
+                request_id="retired-7001",
             )
         )
     with pytest.raises(KernelUnavailableError, match="no validated kernel although its compile job succeeded"):
