@@ -189,13 +189,13 @@ def test_a_kernel_that_was_retired_is_refused_although_its_job_succeeded(
 
 
 def test_a_job_that_is_cancelled_ends_the_wait(services: Services, mesh: MeshClient, trainer: TolariaTrainer) -> None:
-    requests = [mesh.obtain_kernel(target_of(trainer, seed=2000 + number, size=3)) for number in range(8)]
+    requests = [mesh.obtain_kernel(target_of(trainer, seed=2000 + number, size=3)) for number in range(40)]
     with grpc.insecure_channel(services.address("tezzeret")) as channel:
         stub = CompileServiceStub(channel)
 
         def waiting() -> list[str]:
             jobs = stub.ListCompileJobs(compile_service_pb2.ListCompileJobsRequest(page_size=1000)).jobs
-            return [job.name for job in jobs if job.spec.init_seed == 2007 and job.state == 1]
+            return [job.name for job in jobs if job.spec.init_seed == 2039 and job.state == 1]
 
         (name,) = until(waiting, "the last one waits in the queue")
         stub.CancelCompileJob(compile_service_pb2.CancelCompileJobRequest(name=name))
