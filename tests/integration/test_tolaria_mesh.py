@@ -21,7 +21,7 @@ from esper.events.v1 import events_pb2
 from esper.kasmina.v1 import adaptation_pb2, kasmina_service_pb2, seed_pb2
 from esper.kasmina.v1.kasmina_service_pb2_grpc import KasminaServiceStub
 from esper.tamiyo.v1 import outcome_pb2
-from esper.tezzeret.v1 import compile_service_pb2
+from esper.tezzeret.v1 import compile_job_pb2, compile_service_pb2
 from esper.tezzeret.v1.compile_service_pb2_grpc import CompileServiceStub
 from esper.tolaria.v1 import run_pb2, training_link_service_pb2, training_service_pb2
 from esper.tolaria.v1.training_service_pb2_grpc import TrainingServiceStub
@@ -189,19 +189,21 @@ def test_a_kernel_that_was_retired_is_refused_although_its_job_succeeded(
 
 
 def test_a_job_that_is_cancelled_ends_the_wait(services: Services, mesh: MeshClient, trainer: TolariaTrainer) -> None:
-    requests = [mesh.obtain_kernel(target_of(trainer, seed=2000 + number, size=3)) for number in range(40)]
+    requests = {seed: mesh.obtain_kernel(target_of(trainer, seed=seed, size=3)) for seed in range(2000, 2040)}
     with grpc.insecure_channel(services.address("tezzeret")) as channel:
         stub = CompileServiceStub(channel)
 
-        def waiting() -> list[str]:
+        def waiting() -> list[compile_job_pb2.CompileJob]:
             jobs = stub.ListCompileJobs(compile_service_pb2.ListCompileJobsRequest(page_size=1000)).jobs
-            return [job.name for job in jobs if job.spec.init_seed == 2039 and job.state == 1]
+            queued = compile_job_pb2.COMPILE_STATE_QUEUED
+            return [job for job in jobs if job.spec.init_seed in requests and job.state == queued]
 
-        (name,) = until(waiting, "the last one waits in the queue")
-        stub.CancelCompileJob(compile_service_pb2.CancelCompileJobRequest(name=name))
+        # Newest first: the one that waits longest from now on. They do not come in the order they were asked for.
+        job = until(waiting, "one waits in the queue")[0]
+        stub.CancelCompileJob(compile_service_pb2.CancelCompileJobRequest(name=job.name))
     with pytest.raises(KernelUnavailableError, match=r"ended without a kernel"):
-        requests[-1].result(SECONDS)
-    assert requests[0].result(SECONDS)
+        requests.pop(job.spec.init_seed).result(SECONDS)
+    assert next(iter(requests.values())).result(SECONDS)
 
 
 def test_a_kernel_may_take_too_long_or_be_unwanted(mesh: MeshClient, trainer: TolariaTrainer) -> None:
