@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from services.tolaria.data.splits import DataSet, Split
-from tests.benchmarks.growth import analysis, hosts, permit, report, training
+from tests.benchmarks.growth import analysis, command, hosts, permit, report, training
 from tests.benchmarks.growth.analysis import DishonestRunsError
 from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, units
 from tests.benchmarks.growth.canary import easy_images
@@ -348,6 +348,13 @@ def test_the_json_has_its_form(runs: dict[str, dict[str, Any]]) -> None:
     assert set(extended["budgets"]) == {"4", "10", "20"}
     tuned = analysis.rates({"x": {**runs["balanced.host.10"], "rate": 0.6}})
     assert "rate 0.6" in tuned[0]
+
+
+def test_the_cost_is_told_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main("growth", ["--smoke", "--estimate", "--entries", "digits"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["digits", "12", "runs"]
+    assert "with 2 workers" in lines[-1]
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

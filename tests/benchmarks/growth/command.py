@@ -2,6 +2,7 @@
 
 ``--out FILE``        make the runs that are missing (resumes; Ctrl-C and kill are safe), write the JSON
 ``--tune``            runs of the tuning seeds, validation figures only; prints each class's learning rates
+``--estimate``        time some steps of each host and say how long the runs will take
 ``--smoke``           everything in miniature, validation figures only, nothing kept
 ``--write-protocol``  write docs/benchmarks/protocol.json; committing it fixes the protocol and opens the test set
 ``--report``          write docs/benchmarks.md from the committed JSON
@@ -17,6 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +46,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--write-protocol", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--entries", nargs="*", help="only these tables")
@@ -64,6 +67,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
     if arguments.report:
         print(f"wrote {report.write()}")
         return 0
+    if arguments.estimate:
+        _estimate(name, arguments)
+        return 0
     try:
         with tempfile.TemporaryDirectory(prefix="esper-smoke-") as folder:
             return _run(name, arguments, Path(folder))
@@ -73,6 +79,23 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, the same command goes on", file=sys.stderr)
         return 130
+
+
+def _estimate(name: str, arguments: argparse.Namespace) -> None:
+    # Not before it is needed: it imports torch.
+    from tests.benchmarks.growth import cost
+
+    protocol, total = PROTOCOLS[name], 0.0
+    if arguments.smoke:
+        protocol = miniature(protocol)
+    if arguments.entries:
+        entries = {key: entry for key, entry in protocol.entries.items() if key in arguments.entries}
+        protocol = replace(protocol, entries=entries)
+    for entry, runs, seconds in cost.table(protocol, data_dir()):
+        total += seconds
+        print(f"{entry:18} {runs:4} runs {seconds / 3600:8.2f} h of one processor")
+    hours = total / 3600 / arguments.workers
+    print(f"all: {total / 3600:.1f} h, {hours:.1f} h with {arguments.workers} workers on as many free processors")
 
 
 def _run(name: str, arguments: argparse.Namespace, folder: Path) -> int:
