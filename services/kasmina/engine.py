@@ -260,10 +260,24 @@ class GrowthEngine:
         """Images that a health measurement needs so that no slot stays unmeasured."""
         slots = [self._analysis.slots[name] for name in self._slots if name in self._analysis.slots]
         features = [self._network.width(slot.name) * slot.unit for slot in slots]
+        features = features or [probe.width for probe in self._span_probes()]
         return health.SAMPLES_PER_CHANNEL * max(features, default=0)
 
+    def _span_probes(self) -> list[health.Probe]:
+        """What enters each SPAN whose branch would read and write as many channels."""
+        probes = []
+        for name in self._slots:
+            if (span := self._analysis.spans.get(name)) is None:
+                continue
+            channels = channels_of(self._network.interface(name).input_shape)
+            if channels == self._network.interface(name).width:
+                axis = 1 if len(span.input_shape) == 3 else len(span.input_shape)
+                reader = health.Reader(self._network.spanned(name), 0, channels, 1, axis)
+                probes.append(health.Probe(name, channels, [reader]))
+        return probes
+
     def measure_health(self, batches: Iterable[Tensor], *, gradient_norms: bool = True) -> HealthReport:
-        """How much of its width each WIDTH slot uses, on these inputs.
+        """How much of its width each WIDTH slot uses, on these inputs; where there is none, each SPAN of what enters.
 
         Evaluation mode, forward only; weights, statistics and random streams stay as they are.
         """
@@ -274,6 +288,8 @@ class GrowthEngine:
                 readers = [health.Reader(*found) for found in self._network.probes(name)]
                 writers = self._network.writer_parameters(name)
                 probes.append(health.Probe(name, self._network.width(name), readers, writers, slot.unit))
+        # Where layers can be widened, branches are not chosen, and measuring them would be paid for nothing.
+        probes = probes or self._span_probes()
         return health.measure(
             self.model, batches, probes, flops_per_sample=float(self.flops()), gradient_norms=gradient_norms
         )

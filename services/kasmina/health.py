@@ -43,12 +43,14 @@ class Reader:
         start: Where the channels begin among its inputs.
         entries: How many of its inputs they take.
         factor: How many consecutive inputs are one feature at several positions.
+        axis: Dimension of the channels among its inputs; ``None``: that of a layer of its kind.
     """
 
     module: nn.Module
     start: int
     entries: int
     factor: int
+    axis: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,9 @@ class _Moments:
 
     def add(self, values: Tensor) -> None:
         """Take in what a reader reads: [N, C, ...] of a convolution or [..., C * factor] of a linear layer."""
-        axis = values.dim() - 1 if isinstance(self.reader.module, _LINEAR) else 1
+        axis = self.reader.axis
+        if axis is None:
+            axis = values.dim() - 1 if isinstance(self.reader.module, _LINEAR) else 1
         channels = values.detach().narrow(axis, self.reader.start, self.reader.entries).double().movedim(axis, 0)
         if self.reader.factor > 1:
             channels = channels.reshape(self.width, self.reader.factor, *channels.shape[1:])

@@ -171,6 +171,23 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert {message.arm for message in again if message.kind == "epoch"} == {"bigger"}
 
 
+def test_where_no_layer_may_be_widened_branches_grow(
+    services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {"isolation_steps": 5, "blend_steps": 5, "stabilization_steps": 2, "fine_tuning_steps": 2}
+    folder = run_folder(services, tmp_path, model={"widths": [3, 3]}, growth={"slots": ["span:groups.1"], **stages})
+    code, told = train(folder, monkeypatch)
+    assert code == 0
+    summary = told[-1].summary
+    assert {seed["family"] for seed in summary["seeds"]} == {"residual_bottleneck"}
+    assert {seed["slot"] for seed in summary["seeds"]} == {"span:groups.1"}
+    (decision, *_) = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    (evidence,) = decision["evidence"]
+    assert evidence["chosen"]
+    assert 0 < evidence["need"] <= 1
+    assert "what enters this span uses" in evidence["reason"]
+
+
 def test_a_trained_host_is_extended(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first").mkdir()
     first = run_folder(services, tmp_path / "first", growth={"enabled": False})

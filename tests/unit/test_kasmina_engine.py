@@ -512,3 +512,20 @@ def test_ticks_without_a_seed_do_nothing() -> None:
     assert engine.tick(1) == []
     assert engine.due_for_evaluation(1) == []
     assert engine.parameter_groups()[0].name == "host"
+
+
+def test_spans_are_measured_where_no_layer_can_be_widened() -> None:
+    model = fresh(PlainNet)
+    assert {found.slot for found in engine_for(model).measure_health([images(80)]).slots} == {
+        slot.name for slot in engine_for(model).slots() if slot.kind is SlotKind.WIDTH
+    }
+    engine = engine_for(model, slots=["span:*"])
+    assert engine.health_samples_needed() == 20 * max(slot.width for slot in engine.slots())
+    report = engine.measure_health([images(200)])
+    assert report.slots
+    for found in report.slots:
+        # Of what enters the span, as many channels as leave it.
+        assert engine.interface(found.slot).input_shape[0] == found.width
+        assert found.effective_rank is not None
+        assert 1.0 <= found.effective_rank <= found.width + 1e-9
+        assert found.gradient_norm is None

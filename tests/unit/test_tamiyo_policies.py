@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from services.chassis.errors import EsperError, Reason
 from services.tamiyo.learning import learn
-from services.tamiyo.observation import BudgetKind, Candidate, Observation, Occupancy, Plan, SlotKind, cost_of
+from services.tamiyo.observation import (
+    BranchCost,
+    BudgetKind,
+    Candidate,
+    Observation,
+    Occupancy,
+    Plan,
+    SlotKind,
+    cost_of,
+)
 from services.tamiyo.policies import ALGORITHMS
 from services.tamiyo.policies.parameters import FamilyEstimate
 from services.tamiyo.policies.planning import closed, nothing
@@ -119,6 +128,32 @@ def test_a_branch_is_grafted_only_where_nothing_can_be_widened() -> None:
     assert "no branch fits" in poor.explanation
 
 
+_BRANCHES = {"gate": "squeeze_excite", "residual": "residual_bottleneck", "attention": "attention"}
+
+
+def test_among_families_of_branches_outcomes_come_before_the_order_given() -> None:
+    spans = [slot("span:a", 8, 7.0, kind=SlotKind.SPAN)]
+    names, costs = frozenset({"span:a"}), {"span:a": BranchCost(1.0, 2.0)}
+    fitting = [Candidate(name, family, names, costs) for name, family in _BRANCHES.items()]
+    seen, policy = observation(spans, factor=9, candidates=fitting), ALGORITHMS["utilization"]
+
+    def chosen(estimates: dict[str, FamilyEstimate], **parameters: object) -> str:
+        return policy.decide(seen, {**policy.DEFAULTS, **parameters}, estimates).changes[0].blueprint
+
+    assert chosen({}) == "residual"
+    assert chosen({"attention": FamilyEstimate(outcomes=9, survival=0.9, contribution=1.0)}) == "attention"
+    assert chosen({"residual_bottleneck": FamilyEstimate(outcomes=9, survival=0.4, contribution=1.0)}) == "attention"
+    assert chosen({}, branch_families="squeeze_excite attention") == "gate"
+    # A version that was stored before the parameter was there.
+    old = {key: value for key, value in policy.DEFAULTS.items() if key != "branch_families"}
+    policy.check(old)
+    assert policy.decide(seen, old, {}).changes[0].blueprint == "residual"
+    # Culled here once: the next family has its turn.
+    culled = observation([slot("span:a", 8, 7.0, kind=SlotKind.SPAN, penalties={"residual": 1.0})], factor=9)
+    again = replace(culled, candidates=fitting)
+    assert policy.decide(again, policy.DEFAULTS, {}).changes[0].blueprint == "attention"
+
+
 def test_a_family_that_hardly_ever_stays_is_given_up() -> None:
     seen, policy = observation([slot("a", 4, 4.0)]), ALGORITHMS["utilization"]
     gone = {"widen": FamilyEstimate(outcomes=9, survival=0.0, contribution=None)}
@@ -175,6 +210,7 @@ def test_outside_the_window_and_without_budget_nothing_happens() -> None:
         ("fixed", {"plan": 3}, "parameters.plan"),
         ("fixed", {"plan": {"a": 0.5}}, "parameters.plan.a"),
         ("permuted", {"least_need": 2}, "parameters.least_need"),
+        ("utilization", {"branch_families": ["attention"]}, "parameters.branch_families"),
         ("transplant", {"plans": "a"}, "parameters.plans"),
         ("transplant", {"plans": [{}, 3]}, "parameters.plans[1]"),
         ("transplant", {"plans": [{"a": 0.5}]}, "parameters.plans[0].a"),

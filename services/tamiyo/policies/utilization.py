@@ -23,6 +23,10 @@ DEFAULTS: Final[Mapping[str, object]] = {
     "measure": "effective_rank",
     # Inner width of a branch, as a share of the slot's width, where widening is impossible.
     "branch_ratio": 0.25,
+    # Families of branches, those to be tried first in front; among equals what outcomes say of them comes before this.
+    "branch_families": (
+        "residual_bottleneck depthwise_separable attention squeeze_excite mlp_adapter low_rank_adapter normalization"
+    ),
     # A family whose seeds survived less often than this (in outcomes learned from) is not used.
     "least_survival": 0.1,
 }
@@ -34,8 +38,15 @@ def check(parameters: Parameters) -> None:
     number(parameters, "least_need", low=0, high=1)
     number(parameters, "branch_ratio", low=0.01, high=4)
     number(parameters, "least_survival", low=0, high=1)
+    if not isinstance(_families(parameters), str):
+        raise invalid("parameters.branch_families", "is no text", "give names of families with spaces between them")
     if parameters["measure"] not in _MEASURES:
         raise invalid("parameters.measure", f"{parameters['measure']!r} is no measure", f"use one of {_MEASURES}")
+
+
+def _families(parameters: Parameters) -> object:
+    # A version that was stored before this parameter was there has its default.
+    return parameters.get("branch_families", DEFAULTS["branch_families"])
 
 
 def rank_of(slot: SlotView, parameters: Parameters) -> float | None:
@@ -104,7 +115,8 @@ def _branch(observation: Observation, parameters: Parameters, estimates: Estimat
     ratio = number(parameters, "branch_ratio", low=0.01, high=4)
     survival = number(parameters, "least_survival", low=0, high=1)
     planner = Planner(observation)
-    options: list[tuple[float, str, str, int, float]] = []
+    order = str(_families(parameters)).split()
+    options: list[tuple[float, str, float, int, str, int, float]] = []
     reasons = dict(planner.refused)
     needs: dict[str, float | None] = {}
     for slot in observation.slots:
@@ -124,21 +136,27 @@ def _branch(observation: Observation, parameters: Parameters, estimates: Estimat
             cost = candidate.branch_costs.get(slot.name)
             if slot.name not in candidate.slots or cost is None or candidate.family == WIDENING:
                 continue
-            if _given_up(estimates, candidate.family, survival):
+            if candidate.family not in order or _given_up(estimates, candidate.family, survival):
                 continue
             price = cost.fixed + size * cost.per_size
             if planner.cost + price <= planner.target:
                 score = rank / slot.width - slot.penalties.get(candidate.blueprint, 0.0)
-                options.append((-score, slot.name, candidate.blueprint, size, price))
+                estimate = estimates.get(candidate.family)
+                known = 0.5 if estimate is None else estimate.survival
+                rank_of_family = order.index(candidate.family)
+                options.append((-score, slot.name, -known, rank_of_family, candidate.blueprint, size, price))
                 reasons[slot.name] = "another span is fuller"
     if not options:
         return nothing(observation, "No adaptation: no layer can be widened and no branch fits within the budget.")
-    _, chosen, blueprint, size, price = min(options)
-    reasons[chosen] = f"no layer can be widened; this span uses {needs[chosen] or 0:.0%} of its width"
+    _, chosen, _, family, blueprint, size, price = min(options)
+    reasons[chosen] = (
+        f"no layer can be widened; what enters this span uses {needs[chosen] or 0:.0%} of its width, "
+        f"and {order[family]} is the first of the families that fit"
+    )
     evidence = tuple(
         Evidence(slot.name, slot.width, slot.width, needs.get(slot.name), slot.name == chosen, reasons[slot.name])
         for slot in observation.slots
     )
     change = Change(chosen, blueprint, size, reasons[chosen])
-    words = f"Graft a branch of inner width {size} at {chosen.rsplit('/', 1)[-1]}: no layer can be widened."
+    words = f"Graft a {order[family]} of size {size} at {chosen.rsplit('/', 1)[-1]}: no layer can be widened."
     return Plan((change,), evidence, words, planner.cost + price)
