@@ -19,6 +19,8 @@ from services.chassis.config.schema import GovernorConfig
 _MAD_TO_SIGMA: Final = 1.4826
 #: The deviation is taken for at least this share of the median: a loss that hardly moves must not alarm by a whisker.
 _MIN_RELATIVE_SIGMA: Final = 0.02
+#: And for at least this share of the loss the run began with: near zero, many times almost nothing is nothing.
+_MIN_SIGMA_OF_FIRST: Final = 0.005
 #: Explosion: a loss this many times the one the run began with, at once and before there are any statistics. A network
 #: that exploded often comes back with dead units and the loss of guessing, which looks calm.
 _EXPLOSION: Final = 1000.0
@@ -77,7 +79,7 @@ class Governor:
     def _limit_below(self, loss: float) -> float | None:
         """The limit of a normal loss if ``loss`` is above it."""
         middle = _median(self._ordered)
-        least = _MIN_RELATIVE_SIGMA * abs(middle)
+        least = max(_MIN_RELATIVE_SIGMA * abs(middle), _MIN_SIGMA_OF_FIRST * (self._first or 0.0))
         if loss <= middle + self.config.spike_sigmas * least:
             # Normal whatever the deviation is: most losses are.
             return None

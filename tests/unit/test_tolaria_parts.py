@@ -278,13 +278,14 @@ def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
     governor = Governor(config, chance=10.0)
     kept: list[float] = []
     spikes = told = normal = 0
+    first = abs(next(noisy_losses(1))) * 2.5
     for step, loss in enumerate(noisy_losses(400)):
         value = loss * 2.5 if step % 17 in (0, 1) else loss
         unstable = governor.observe_loss(value)
         if len(kept) >= window // 2:
             middle = statistics.median(kept)
             sigma = 1.4826 * statistics.median(abs(one - middle) for one in kept)
-            limit = middle + 3.0 * max(sigma, 0.02 * abs(middle))
+            limit = middle + 3.0 * max(sigma, 0.02 * abs(middle), 0.005 * first)
             if value > limit:
                 spikes += 1
                 told += spikes >= 2
@@ -298,6 +299,18 @@ def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
     assert told > 5
     assert normal > 100
     assert governor.state()["losses"] == kept
+
+
+def test_governor_lets_a_loss_near_zero_leap() -> None:
+    governor = Governor(GovernorConfig(), chance=10.0)
+    assert governor.observe_loss(2.3) is None
+    for step in range(100):
+        governor.observe_loss(0.003 + 0.0001 * (step % 3))
+    # Eight times the median and hundreds of deviations, but a hundredth of what it began with.
+    assert [governor.observe_loss(0.024) for _ in range(20)] == [None] * 20
+    for _ in range(GovernorConfig().patience_steps - 1):
+        assert governor.observe_loss(0.5) is None
+    assert governor.observe_loss(0.5) is not None
 
 
 def test_governor_sees_collapse_to_chance() -> None:
