@@ -243,6 +243,8 @@ def test_branches_of_every_layer_are_rebuilt() -> None:
             "inputs": inputs,
             "outputs": outputs,
             "kernel_size": kernel_size,
+            "stride": 1,
+            "heads": 1,
             "bias": True,
         }
 
@@ -255,7 +257,7 @@ def test_branches_of_every_layer_are_rebuilt() -> None:
         spec("f", "conv2d", 2, 4),
     ]
     model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.Conv2d(6, 6, 1))
-    rebuild.grow(model, [row("1", [], [4, 2, 4], layers=convolutions)])
+    rebuild.grow(model, [row("1", [], [4, 2, 4], layers=convolutions, spatial=True, source="input")])
     inputs = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     bridge = model[1]
     assert isinstance(bridge, rebuild.Bridge)
@@ -266,7 +268,9 @@ def test_branches_of_every_layer_are_rebuilt() -> None:
     assert torch.equal(out[:, 4:], plain[:, 4:])  # the branch writes the first four channels
     assert not torch.equal(out[:, :4], plain[:, :4])
     linear = [spec("a", "linear", 3, 2), spec("b", "layer_norm", 2, 2), spec("c", "linear", 2, 3)]
-    features = rebuild.grow(nn.Sequential(nn.Linear(3, 3)), [row("0", [], [3, 2, 3], layers=linear)])
+    features = rebuild.grow(
+        nn.Sequential(nn.Linear(3, 3)), [row("0", [], [3, 2, 3], layers=linear, spatial=False, source="input")]
+    )
     assert features(torch.zeros(4, 3)).shape == (4, 3)
 
 
