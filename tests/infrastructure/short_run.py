@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,8 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShortRun]:
         ended = run.wait()
         eavesdropper.join(10.0)
         yield ShortRun(run.folder, ended, with_torch, listening, eavesdropper.events, run.left_over(), addresses)
+
+
+def lives(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The seeds of a summary without the ids of their decisions, which Tamiyo makes anew for each run."""
+    return [{key: value for key, value in seed.items() if key != "decision"} for seed in summary["seeds"]]
