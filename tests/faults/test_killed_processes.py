@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 def test_each_service_may_be_killed_and_the_run_ends_well(tmp_path: Path) -> None:
     """The library and the compiler die while a kernel is on its way, the others one after the other."""
-    overrides = ("training.epochs=100", "compare=[]", "growth.decisions=1", "growth.kernel_timeout_epochs=100")
+    overrides = ("training.epochs=150", "compare=[]", "growth.decisions=1", "growth.kernel_timeout_epochs=100")
     with running(tmp_path, *overrides) as run:
         run.until(lambda: run.lines("decisions.jsonl"), "a decision")
         killed = {}
@@ -26,7 +26,7 @@ def test_each_service_may_be_killed_and_the_run_ends_well(tmp_path: Path) -> Non
         ended = run.wait()
         assert ended.code == 0, ended.err
         assert ended.summary["status"] == "succeeded"
-        assert ended.summary["epochs"] == 100
+        assert ended.summary["epochs"] == 150
         assert {name: service["restarts"] for name, service in ended.summary["services"].items()} == dict.fromkeys(
             SERVICES, 1
         )

@@ -60,9 +60,9 @@ def _handlers() -> Iterator[None]:
     logging.getLogger().setLevel(level)
 
 
-def run_folder(services: Services, tmp_path: Path, **sections: Any) -> Path:
+def run_folder(services: Services, tmp_path: Path, run: str = "run-1", **sections: Any) -> Path:
     """A run folder as the launcher makes it, that shares the services of this module."""
-    folder = tmp_path / "run-1"
+    folder = tmp_path / run
     folder.mkdir()
     growth = {
         "wait_for_kernel": True,
@@ -175,7 +175,9 @@ def test_where_no_layer_may_be_widened_branches_grow(
     services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = {"isolation_steps": 5, "blend_steps": 5, "stabilization_steps": 2, "fine_tuning_steps": 2}
-    folder = run_folder(services, tmp_path, model={"widths": [3, 3]}, growth={"slots": ["span:groups.1"], **stages})
+    growth = {"slots": ["span:groups.1"], **stages}
+    # A name of its own: Tamiyo keeps the answers it gave to a run's requests.
+    folder = run_folder(services, tmp_path, "run-of-branches", model={"widths": [3, 3]}, growth=growth)
     code, told = train(folder, monkeypatch)
     assert code == 0
     summary = told[-1].summary
