@@ -12,7 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from services.chassis.config.schema import DataConfig, ModelConfig
+from esper.tamiyo.v1.observation_pb2 import Observation
+from services.blueprints import families
+from services.chassis.config.schema import DataConfig, EsperConfig, ModelConfig
 from services.chassis.errors import EsperError, Reason
 from services.tolaria import controls, hosts, models, rebuild
 from services.tolaria.data import splits
@@ -20,6 +22,8 @@ from services.tolaria.data.splits import DataSet, Normalization, Split
 from services.tolaria.errors import ExportError, FactoryError, ModelError
 from services.tolaria.export import export
 from services.tolaria.factories import load_factory
+from services.tolaria.ports import EventCounts, KernelTarget, KernelUnavailableError, NoDecision, OfflineMesh
+from tests.support.interfaces import SPAN
 
 
 def color_images() -> DataSet:
@@ -363,3 +367,22 @@ def test_an_export_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: p
     files = export(engine, tmp_path / "own", ModelConfig(name="factory", factory="my:own"), data)
     assert [file.name for file in files] == ["weights.safetensors", "rebuild.py"]
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["growth.json", "rebuild.py", files[0].name]
+
+
+def test_a_run_that_grew_nothing_has_a_uniform_control_that_does_not_grow() -> None:
+    config = EsperConfig()
+    grew = controls.config_for("uniform", config, host_flops=100, final_flops=250)
+    assert (grew.growth.enabled, grew.growth.policy, grew.growth.budget.flops) == (True, "uniform", 2.5)
+    assert not controls.config_for("uniform", config, host_flops=100, final_flops=100).growth.enabled
+
+
+def test_without_a_mesh_nobody_answers() -> None:
+    mesh = OfflineMesh()
+    answer = mesh.decide(Observation(), policy="utilization", request_id="a", deadline=1.0)
+    assert isinstance(answer, NoDecision)
+    assert (list(mesh.candidates()), list(mesh.commands()), mesh.event_counts()) == ([], [], EventCounts())
+    target = KernelTarget(families.builtin_blueprints()[0], SPAN, 1, 1)
+    request = mesh.obtain_kernel(target)
+    assert request.done
+    with pytest.raises(KernelUnavailableError, match="there is no mesh"):
+        request.result()
