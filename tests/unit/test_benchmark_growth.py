@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from services.tolaria.data.splits import DataSet, Split
-from tests.benchmarks.growth import analysis, command, hosts, permit, report, training
+from tests.benchmarks.growth import analysis, command, hosts, permit, report, training, tuning
 from tests.benchmarks.growth.analysis import DishonestRunsError
-from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, units
+from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, tuning_units, units
 from tests.benchmarks.growth.canary import easy_images
 from tests.benchmarks.growth.protocol import (
     EXTEND,
@@ -29,8 +29,9 @@ from tests.benchmarks.growth.protocol import (
     Network,
     Protocol,
     Recipe,
+    Tuning,
 )
-from tests.benchmarks.growth.records import Records, code_hash, open_records, same_figures
+from tests.benchmarks.growth.records import RUNS, OtherCodeError, Records, code_hash, open_records, same_figures
 from tests.benchmarks.growth.services import LocalServices
 from tests.infrastructure.processes import ROOT
 
@@ -166,7 +167,7 @@ def test_no_test_set_before_the_protocol_is_committed(tmp_path: Path) -> None:
     git("init", "-q")
     with pytest.raises(permit.ProtocolNotCommittedError, match="is not committed"):
         permit.require_committed(GROWTH, tmp_path)
-    path = permit.write(tmp_path)
+    path = permit.write(GROWTH, tmp_path)
     with pytest.raises(permit.ProtocolNotCommittedError, match="is not committed"):
         permit.require_committed(GROWTH, tmp_path)
     git("add", "-A")
@@ -195,7 +196,7 @@ def test_probes_widen_one_layer_each_at_equal_cost(data: DataSet) -> None:
         assert widths[:layer] + widths[layer + 1 :] == ENTRY.network.widths[:layer] + ENTRY.network.widths[layer + 1 :]
         one_more = (*widths[:layer], widths[layer] + 1, *widths[layer + 1 :])
         assert hosts.forward_flops(ENTRY, widths, data) <= 2 * host < hosts.forward_flops(ENTRY, one_more, data)
-    assert {unit.arm for unit in units(GROWTH, tune=True)} >= {f"probe_{layer}" for layer in range(6)}
+    assert {unit.arm for unit in tuning_units(GROWTH)} >= {f"probe_{layer}" for layer in range(6)}
     assert not any(unit.arm.startswith("probe") for unit in units(GROWTH))
 
 
@@ -233,18 +234,56 @@ def test_every_entry_can_be_run_and_every_contrast_is_about_arms_it_has() -> Non
 
 def test_units_wait_for_what_they_need_and_for_nothing_else() -> None:
     for protocol in PROTOCOLS.values():
-        for tune in (False, True):
-            waiting = units(protocol, tune=tune)
+        for tune, planned in ((False, units(protocol)), (True, tuning_units(protocol))):
+            waiting = list(dict.fromkeys([*planned, *(n for unit in planned for n in needs(protocol, unit).values())]))
             done: dict[str, dict[str, Any]] = {}
             assert len({unit.name for unit in waiting}) == len(waiting)
             assert all((unit.seed in protocol.tuning_seeds) == tune for unit in waiting)
+            assert all((unit.rate is not None) == tune for unit in waiting), "a tuning run's name says its rate"
             while waiting:
-                now = list(ready(protocol, waiting, done, tune=tune))
+                now = list(ready(protocol, waiting, done))
                 assert now, f"these wait for each other: {waiting}"
                 done |= {unit.name: {} for unit in now}
                 waiting = [unit for unit in waiting if unit not in now]
     donor = needs(GROWTH, Unit("balanced", "transplant", 21))["donor"]
     assert donor.seed == 10, "the last seed takes the first one's plan"
+
+
+def test_a_run_that_is_cut_short_has_whole_seeds_of_what_matters_most() -> None:
+    order = units(EXTEND)
+    assert {unit.entry for unit in order} == EXTEND.entries.keys()
+    first = [unit for unit in order if unit.entry != "20"]
+    assert order[: len(first)] == first, "20 epochs come last"
+    of_a_seed = len(first) // 6
+    for index in range(6):
+        assert {unit.seed for unit in first[index * of_a_seed : (index + 1) * of_a_seed]} == {10 + index}
+    for protocol in PROTOCOLS.values():
+        assert len(set(units(protocol))) == sum(len(one.arms) * len(one.seeds) for one in protocol.entries.values())
+
+
+def test_tuning_chooses_by_the_mean_on_validation_when_all_of_it_is_there() -> None:
+    one = Tuning(entries=("balanced",), arms=("tamiyo", "uniform"), rates=(0.2, 0.4), seeds=(0, 1))
+    protocol = replace(TINY, tuning=(one,))
+    worth = {0.2: {"tamiyo": 80.0, "uniform": 78.0}, 0.4: {"tamiyo": 79.5, "uniform": 79.5}}
+    finished = {
+        unit.name: {"validation_accuracy": worth[unit.rate or 0][unit.arm] + unit.seed}
+        for unit in tuning_units(protocol)
+    }
+    assert tuning.chosen(protocol, finished) == {"balanced": {"grown": 0.4}}
+    assert any("rate 0.4   validation 80.00 ± 0.58 (4 runs)" in line for line in tuning.lines(protocol, finished))
+    del finished["balanced.tamiyo.0.rate-0.2"]
+    assert tuning.chosen(protocol, finished) == {}
+    assert replace(protocol, tuning=()).tuning_hash == protocol.tuning_hash
+    longer = replace(protocol, entries={"balanced": replace(ENTRY, recipe=replace(ENTRY.recipe, epochs=4))})
+    assert longer.tuning_hash != protocol.tuning_hash
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_rates_of_the_protocol_are_those_that_the_committed_tuning_runs_chose(name: str) -> None:
+    protocol = PROTOCOLS[name]
+    for folder in (RUNS / name / f"tuning-{protocol.tuning_hash[:12]}").glob("*/"):
+        for entry, rates in tuning.chosen(protocol, Records(folder).finished()).items():
+            assert protocol.entries[entry].rates.items() >= rates.items()
 
 
 def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) -> None:
@@ -268,7 +307,10 @@ def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) 
     assert asked == ["one"], "known code is not run again"
     assert opened("refactored", [2.0, 1.0001]).folder == first.folder
     assert opened("refactored", [0.0]).folder == first.folder
+    with pytest.raises(OtherCodeError, match="computes something else than the code that the protocol"):
+        opened("another rule", [2.0, 1.1], create=False)
     assert opened("another rule", [2.0, 1.1]).folder != first.folder
+    assert opened("refactored", [0.0], create=False).folder == first.folder
     assert opened("one", [0.0], tune=True).folder != first.folder
     first.keep("balanced.host.10", {"seed": 10})
     assert first.finished() == {"balanced.host.10": {"seed": 10}}
@@ -346,8 +388,6 @@ def test_the_json_has_its_form(runs: dict[str, dict[str, Any]]) -> None:
     assert any("over host: not measured" in line for line in analysis.lines(made))
     extended = analysis.result(EXTEND, {}, None)
     assert set(extended["budgets"]) == {"4", "10", "20"}
-    tuned = analysis.rates({"x": {**runs["balanced.host.10"], "rate": 0.6}})
-    assert "rate 0.6" in tuned[0]
 
 
 def test_the_cost_is_told_beforehand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,9 +79,8 @@ def result(protocol: Protocol, finished: Mapping[str, Record], commit: str | Non
 
     Raises DishonestRunsError.
     """
-    final = {name: run for name, run in finished.items() if ".rate-" not in name}
-    check(protocol, final)
-    tables = {name: {"arms": _arms(protocol, name, final)} for name in protocol.entries}
+    check(protocol, finished)
+    tables = {name: {"arms": _arms(protocol, name, finished)} for name in protocol.entries}
     body: dict[str, Any] = {"hosts": tables}
     if TRAINED in tables:
         body = {"trained": tables.pop(TRAINED), "budgets": tables}
@@ -225,14 +224,3 @@ def verdict(one: Mapping[str, Any]) -> str:
     if one["holds"] is None:
         return f"{text}; too few pairs to say"
     return f"{text}; {claim}: {'yes' if one['holds'] else 'not shown'}"
-
-
-def rates(finished: Mapping[str, Record]) -> list[str]:
-    """Validation accuracy by entry, arm and learning rate, for choosing the rates."""
-    found: dict[tuple[str, str, float], list[float]] = {}
-    for run in finished.values():
-        found.setdefault((run["entry"], run["arm"], run["rate"]), []).append(run["validation_accuracy"])
-    return [
-        f"{entry:18} {arm:20} rate {rate:<5g} validation {spread(values)} ({len(values)} seeds)"
-        for (entry, arm, rate), values in sorted(found.items())
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tests.benchmarks.growth.protocol import TRAINED, Entry, Protocol
@@ -85,22 +85,34 @@ class Unit:
         return f"{self.entry}.{self.arm}.{self.seed}{tuned}"
 
 
-def units(protocol: Protocol, *, tune: bool = False) -> list[Unit]:
-    """All runs, those first that others wait for; seed by seed, so that what is cut short has whole seeds."""
+def units(protocol: Protocol) -> list[Unit]:
+    """All final runs: stage by stage, within each seed by seed, so that what is cut short has whole seeds."""
     found: list[Unit] = []
-    for name, entry in protocol.entries.items():
-        for seed in protocol.tuning_seeds if tune else entry.seeds:
-            found += [Unit(name, arm, seed, rate) for arm in entry.arms for rate in _rates(protocol, arm, tune)]
-            if tune and name in protocol.probed:
-                found += [Unit(name, f"probe_{layer}", seed) for layer in range(len(entry.network.widths))]
+    for stage in protocol.stages or (tuple(protocol.entries),):
+        entries = {name: protocol.entries[name] for name in stage}
+        for seed in dict.fromkeys(seed for entry in entries.values() for seed in entry.seeds):
+            for name, entry in entries.items():
+                found += [Unit(name, arm, seed) for arm in entry.arms if seed in entry.seeds]
     return found
 
 
-def _rates(protocol: Protocol, arm: str, tune: bool) -> Sequence[float | None]:
-    # What follows another run is trained at the rate of its class: tuning it again would multiply the runs.
-    if tune and ARMS[arm].follows is None and arm in ("host", "tamiyo", "grown"):
-        return (None, *protocol.tuning_rates)
-    return (None,)
+def tuning_units(protocol: Protocol) -> list[Unit]:
+    """All runs that choose something on validation; their names say their rates."""
+    tuned = [
+        Unit(entry, arm, seed, rate)
+        for one in protocol.tuning
+        for seed in one.seeds
+        for entry in one.entries
+        for arm in one.arms
+        for rate in one.rates
+    ]
+    probes = [
+        Unit(name, arm, seed, protocol.entries[name].rates[ARMS[arm].rate])
+        for name in protocol.probed
+        for seed in protocol.probe_seeds
+        for arm in ("host", *(f"probe_{layer}" for layer in range(len(protocol.entries[name].network.widths))))
+    ]
+    return list(dict.fromkeys([*tuned, *probes]))
 
 
 def rate_of(entry: Entry, unit: Unit) -> float:
@@ -108,24 +120,31 @@ def rate_of(entry: Entry, unit: Unit) -> float:
     return entry.rates[ARMS[unit.arm].rate] if unit.rate is None else unit.rate
 
 
-def needs(protocol: Protocol, unit: Unit, *, tune: bool = False) -> dict[str, Unit]:
-    """The runs that must be finished before this one, by their role: follows, timed_by, donor, trained."""
-    arm, found = ARMS[unit.arm], {}
+def needs(protocol: Protocol, unit: Unit) -> dict[str, Unit]:
+    """The runs that must be finished before this one, by their role: follows, timed_by, donor, trained.
+
+    What a tuning run waits for is a tuning run too, at the rate that its entry has.
+    """
+    arm, seeds = ARMS[unit.arm], protocol.entries[unit.entry].seeds
+
+    def needed(entry: str, name: str, seed: int) -> Unit:
+        rate = None if unit.rate is None else protocol.entries[entry].rates[ARMS[name].rate]
+        return Unit(entry, name, seed, rate)
+
+    found = {}
     if arm.follows is not None:
-        found["follows"] = replace(unit, arm=arm.follows, rate=None)
+        found["follows"] = needed(unit.entry, arm.follows, unit.seed)
     if arm.timed_by is not None:
-        found["timed_by"] = replace(unit, arm=arm.timed_by, rate=None)
+        found["timed_by"] = needed(unit.entry, arm.timed_by, unit.seed)
     if arm.donor is not None:
-        seeds = protocol.tuning_seeds if tune else protocol.entries[unit.entry].seeds
-        donor = seeds[(seeds.index(unit.seed) + 1) % len(seeds)]
-        found["donor"] = Unit(unit.entry, arm.donor, donor)
+        found["donor"] = needed(unit.entry, arm.donor, seeds[(seeds.index(unit.seed) + 1) % len(seeds)])
     if arm.trained:
-        found["trained"] = Unit(TRAINED, "host", unit.seed)
+        found["trained"] = needed(TRAINED, "host", unit.seed)
     return found
 
 
-def ready(protocol: Protocol, waiting: Sequence[Unit], done: Mapping[str, Record], *, tune: bool) -> Iterator[Unit]:
+def ready(protocol: Protocol, waiting: Sequence[Unit], done: Mapping[str, Record]) -> Iterator[Unit]:
     """Those of ``waiting`` whose needs are done, in their order."""
     for unit in waiting:
-        if all(need.name in done for need in needs(protocol, unit, tune=tune).values()):
+        if all(need.name in done for need in needs(protocol, unit).values()):
             yield unit

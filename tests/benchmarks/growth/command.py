@@ -1,13 +1,15 @@
 """The commands ``python -m tests.benchmarks.growth`` and ``python -m tests.benchmarks.extend``.
 
 ``--out FILE``        make the runs that are missing (resumes; Ctrl-C and kill are safe), write the JSON
-``--tune``            runs of the tuning seeds, validation figures only; prints each class's learning rates
+``--tune``            runs of the tuning seeds, validation figures only; prints the learning rates that they choose
 ``--estimate``        time some steps of each host and say how long the runs will take
 ``--smoke``           everything in miniature, validation figures only, nothing kept
-``--write-protocol``  write docs/benchmarks/protocol.json; committing it fixes the protocol and opens the test set
+``--write-protocol``  write this experiment into docs/benchmarks/protocol.json, and beside its runs to be what the code
+                      computes; committing both fixes protocol and code and opens the test set
 ``--report``          write docs/benchmarks.md from the committed JSON
 
-Without ``--tune`` and ``--smoke`` the protocol has to be committed: else exit code 2.
+Without ``--tune`` and ``--smoke`` the protocol has to be committed, and the code has to compute what the protocol was
+fixed with: else exit code 2.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from services.chassis.files import write_atomically
 from tests.benchmarks import measure
-from tests.benchmarks.growth import analysis, permit, report
-from tests.benchmarks.growth.arms import units
-from tests.benchmarks.growth.protocol import PROTOCOLS, miniature
-from tests.benchmarks.growth.records import Records, open_records
+from tests.benchmarks.growth import analysis, permit, report, tuning
+from tests.benchmarks.growth.arms import tuning_units, units
+from tests.benchmarks.growth.protocol import PROTOCOLS, Protocol, miniature
+from tests.benchmarks.growth.records import OtherCodeError, Records, open_records
 from tests.benchmarks.growth.runner import WORKERS, Runner, estimate
 from tests.infrastructure.processes import ROOT
 
@@ -62,7 +64,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
     """0; 1 if runs failed; 2 if the protocol is not committed; 130 after Ctrl-C."""
     arguments = _parser(name).parse_args(argv)
     if arguments.write_protocol:
-        print(f"wrote {permit.write()}: once it is committed, it is fixed")
+        written = permit.write(PROTOCOLS[name]), _records(PROTOCOLS[name], create=True).folder
+        print(f"wrote {written[0]} and {written[1]}: once both are committed, protocol and code are fixed")
         return 0
     if arguments.report:
         print(f"wrote {report.write()}")
@@ -73,7 +76,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="esper-smoke-") as folder:
             return _run(name, arguments, Path(folder))
-    except permit.ProtocolNotCommittedError as error:
+    except (permit.ProtocolNotCommittedError, OtherCodeError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -98,41 +101,55 @@ def _estimate(name: str, arguments: argparse.Namespace) -> None:
     print(f"all: {total / 3600:.1f} h, {hours:.1f} h with {arguments.workers} workers on as many free processors")
 
 
+def _records(protocol: Protocol, *, tune: bool = False, create: bool = False) -> Records:
+    # Not before it is needed: it imports torch.
+    from tests.benchmarks.growth.canary import figures
+
+    return open_records(protocol, figures=figures, tune=tune, create=create)
+
+
 def _run(name: str, arguments: argparse.Namespace, folder: Path) -> int:
     protocol, commit = PROTOCOLS[name], permit.commit_of()
     if arguments.smoke:
         protocol = miniature(protocol)
         records = Records(folder)
+    elif arguments.tune:
+        records = _records(protocol, tune=True, create=True)
     else:
-        if not arguments.tune:
-            commit = permit.require_committed(protocol)
-        # Not before it is needed: it imports torch.
-        from tests.benchmarks.growth.canary import figures
-
-        records = open_records(protocol, figures=figures, tune=arguments.tune)
+        commit = permit.require_committed(protocol)
+        records = _records(protocol)
+    planned = tuning_units(protocol) if arguments.tune else units(protocol)
     wanted = [
         unit
-        for unit in units(protocol, tune=arguments.tune)
+        for unit in planned
         if (not arguments.entries or unit.entry in arguments.entries)
         and (not arguments.arms or unit.arm in arguments.arms)
         and (not arguments.seeds or unit.seed in arguments.seeds)
     ]
-    runner = Runner(protocol, records, data_dir(), tune=arguments.tune, smoke=arguments.smoke, commit=arguments.commit)
+    final = not (arguments.tune or arguments.smoke)
+    runner = Runner(
+        protocol,
+        records,
+        data_dir(),
+        final=final,
+        smoke=arguments.smoke,
+        commit=arguments.commit and not arguments.smoke,
+    )
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     runner.run(wanted, workers=arguments.workers, deadline=seconds)
     finished = records.finished()
-    result = {**analysis.result(protocol, finished, commit), "environment": measure.environment()}
-    if arguments.out is not None:
-        write_atomically(arguments.out, json.dumps(result, indent=1) + "\n")
-    _print(result, arguments.tune, finished)
-    missing = [unit for unit in units(protocol, tune=arguments.tune) if unit.name not in finished]
+    if arguments.tune:
+        for line in tuning.lines(protocol, finished):
+            print(line)
+    else:
+        result = {**analysis.result(protocol, finished, commit), "environment": measure.environment()}
+        if arguments.out is not None:
+            write_atomically(arguments.out, json.dumps(result, indent=1) + "\n")
+        for line in analysis.lines(result):
+            print(line)
+    missing = [unit for unit in planned if unit.name not in finished]
     left = estimate(missing, finished)
     if missing and left is not None:
         hours = left / arguments.workers / 3600
         print(f"{len(missing)} runs are missing, about {hours:.1f} h of {arguments.workers} workers")
     return 1 if runner.failed else 0
-
-
-def _print(result: dict[str, Any], tune: bool, finished: dict[str, dict[str, Any]]) -> None:
-    for line in analysis.rates(finished) if tune else analysis.lines(result):
-        print(line)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.chassis.files import write_atomically
-from tests.benchmarks.growth.protocol import PROTOCOLS, Protocol
+from tests.benchmarks.growth.protocol import Protocol
 from tests.infrastructure.processes import ROOT
 
 PROTOCOL_FILE: Final = "docs/benchmarks/protocol.json"
@@ -19,17 +19,16 @@ class ProtocolNotCommittedError(RuntimeError):
     """The test set was asked for before everything was fixed."""
 
 
-def contents(protocols: Mapping[str, Protocol] = PROTOCOLS) -> str:
-    """The text of :data:`PROTOCOL_FILE`."""
-    made = {name: {"hash": protocol.hash, **protocol.content()} for name, protocol in protocols.items()}
-    return json.dumps(made, indent=1) + "\n"
+def write(protocol: Protocol, root: Path = ROOT) -> Path:
+    """Write ``protocol`` into :data:`PROTOCOL_FILE`, beside those that are fixed already.
 
-
-def write(root: Path = ROOT) -> Path:
-    """Write :data:`PROTOCOL_FILE`; committing it is left to whoever takes responsibility for it."""
+    Committing it is left to whoever takes responsibility for it.
+    """
     path = root / PROTOCOL_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, contents())
+    fixed = json.loads(path.read_bytes()) if path.exists() else {}
+    fixed[protocol.name] = {"hash": protocol.hash, **protocol.content()}
+    write_atomically(path, json.dumps(fixed, indent=1) + "\n")
     return path
 
 

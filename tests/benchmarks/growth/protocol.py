@@ -52,6 +52,9 @@ class Growth:
     max_factor: float = 2.0
     health_samples: int = 1000
     min_epochs: int = 1
+    #: Seeds are judged either way, and it is billed and kept. Without culls every rule keeps what it planned, so that
+    #: rules that plan under one budget train networks of one cost.
+    culls: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,16 @@ class Contrast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Runs that choose a learning rate on validation: every arm at every rate on every seed."""
+
+    entries: tuple[str, ...]
+    arms: tuple[str, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """A whole experiment; ``confidence`` is that of every interval, ``1 - confidence`` the level of every test."""
 
@@ -104,12 +117,16 @@ class Protocol:
     entries: Mapping[str, Entry]
     contrasts: tuple[Contrast, ...]
     confidence: float = 0.95
-    tuning_seeds: tuple[int, ...] = (0, 1, 2, 3)
-    tuning_rates: tuple[float, ...] = (0.3, 0.4, 0.6, 0.8)
+    #: Entries whose runs are made together, seed by seed, so that a run that is cut short has whole seeds of the first
+    #: stages; empty: one stage of all.
+    stages: tuple[tuple[str, ...], ...] = ()
+    #: What was tuned, and so how often each arm was tried; an entry's ``rates`` are what it chose.
+    tuning: tuple[Tuning, ...] = ()
     #: Hosts whose layers are widened one by one while tuning, each to ``probe_factor`` times the host's forward FLOPs:
     #: whether a layer is in need is shown by what its width is worth, not by how the host was meant.
     probed: tuple[str, ...] = ()
     probe_factor: float = 1.25
+    probe_seeds: tuple[int, ...] = (0, 1)
 
     def content(self) -> dict[str, Any]:
         """As JSON."""
@@ -119,8 +136,28 @@ class Protocol:
     @property
     def hash(self) -> str:
         """SHA-256 of :meth:`content` in canonical form, hex."""
-        text = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(self.content())
+
+    @property
+    def tuning_hash(self) -> str:
+        """Of what a tuning run depends on beside its arm, seed and rate: a protocol is tuned before it is fixed."""
+        content = self.content()
+        fixed = {
+            name: {key: entry[key] for key in ("network", "recipe", "growth", "sweep")}
+            for name, entry in content["entries"].items()
+        }
+        return _hash({"entries": fixed, "probe_factor": self.probe_factor})
+
+    @property
+    def tuning_seeds(self) -> frozenset[int]:
+        """All that tuning uses; final runs use others."""
+        tuned = frozenset(seed for one in self.tuning for seed in one.seeds)
+        return tuned | frozenset(self.probe_seeds if self.probed else ())
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _ALL: Final = (
@@ -149,6 +186,18 @@ def _host(
 
 GROWTH: Final = Protocol(
     name="growth",
+    stages=(SIX, ("small", "mlp", "digits")),
+    tuning=(
+        *(
+            Tuning(entries=("balanced",), arms=arms, rates=(0.3, 0.6, 1.2), seeds=(0, 1))
+            for arms in (("host",), ("tamiyo", "uniform"), ("final_equal_flops",))
+        ),
+        *(
+            Tuning(entries=(entry,), arms=arms, rates=rates, seeds=(0, 1))
+            for entry, rates in (("mlp", (0.05, 0.1, 0.2)), ("digits", (0.3, 0.6, 1.2)))
+            for arms in (("host",), ("tamiyo", "uniform"))
+        ),
+    ),
     probed=("balanced", "narrow_not_needy", "wide_but_needy"),
     entries={
         "balanced": Entry(
@@ -274,23 +323,46 @@ BUDGETS: Final = (4, 10, 20)
 _TRAINED: Final = Entry(
     network=Network(why="the trained hosts that every budget begins with"), arms=("host",), seeds=_SIX_SEEDS
 )
+#: By epochs' worth of the bigger network; what ``--tune`` chose, those of 20 being those of 10.
+_EXTEND_RATES: Final[Mapping[int, Mapping[str, float]]] = {
+    4: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
+    10: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
+    20: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
+}
 
 
 def _budget(epochs: int) -> Entry:
     return Entry(
         network=Network(why=f"{epochs} more epochs for the grown network, as many FLOPs for the others"),
-        arms=("grown", "grown_uniform", "trained_on", "from_scratch"),
+        arms=("grown", "trained_on", "from_scratch", "grown_uniform"),
         seeds=_SIX_SEEDS,
         recipe=Recipe(epochs=epochs),
         # All at once, before the first step: the host is trained, so there is something to measure.
-        growth=Growth(target_widths=(16, 16, 32, 32, 48, 48), window=(0.0, 0.01), decisions=1),
-        rates={"host": 0.6, "wide": 0.4, "grown": 0.2, "trained_on": 0.2},
+        growth=Growth(
+            target_widths=(16, 16, 32, 32, 48, 48),
+            window=(0.0, 0.01),
+            decisions=1,
+            # Else a choice of layers under the budget of twice all widths could only be all of them.
+            max_factor=3.0,
+        ),
+        rates=_EXTEND_RATES[epochs],
+    )
+
+
+def _extend_tuning(entry: str, seeds: tuple[int, ...]) -> tuple[Tuning, ...]:
+    """As many tries for every arm: three rates, a factor of two apart, around what GROWTH found."""
+    low, high = (0.1, 0.2, 0.4), (0.2, 0.4, 0.8)
+    return tuple(
+        Tuning(entries=(entry,), arms=(arm,), rates=rates, seeds=seeds)
+        for arm, rates in (("grown", low), ("trained_on", low), ("from_scratch", high))
     )
 
 
 EXTEND: Final = Protocol(
     name="extend",
     entries={TRAINED: _TRAINED, **{str(epochs): _budget(epochs) for epochs in BUDGETS}},
+    stages=((TRAINED, "4", "10"), ("20",)),
+    tuning=(*_extend_tuning("4", (0, 1)), *_extend_tuning("10", (0,))),
     contrasts=tuple(
         Contrast(
             name=f"{first} over {second} with {epochs} epochs",
@@ -304,6 +376,8 @@ EXTEND: Final = Protocol(
         for first, second, aim in (
             ("grown", "trained_on", aims[0]),
             ("grown", "from_scratch", aims[1]),
+            ("grown_uniform", "trained_on", None),
+            ("grown_uniform", "from_scratch", None),
             ("grown", "grown_uniform", None),
         )
     ),
@@ -320,4 +394,5 @@ def miniature(protocol: Protocol) -> Protocol:
         window = entry.growth.window if protocol.name == "extend" else (0.1, 0.5)
         growth = replace(entry.growth, window=window, health_samples=300)
         entries[name] = replace(entry, recipe=recipe, growth=growth, seeds=entry.seeds[:2])
-    return replace(protocol, entries=entries, tuning_seeds=(0, 1), tuning_rates=(0.4,))
+    tuning = tuple(replace(one, rates=one.rates[:1], seeds=one.seeds[:1]) for one in protocol.tuning)
+    return replace(protocol, entries=entries, tuning=tuning, probe_seeds=(0,))

@@ -1,11 +1,12 @@
 """Finished runs: one small JSON file each, under a folder that says by which protocol and which code. Torch-free.
 
 ``docs/benchmarks/runs/<experiment>/<protocol>/<code>/<entry>.<arm>.<seed>.json``; ``<protocol>`` is the protocol's hash
-and ``<code>`` that of the files that can change what a run computes (:data:`CODE`), when the folder was made. Code that
-changed since may go on in the same folder if it still computes the same: a fixed set of tiny runs, one for each kind
-of arm (:mod:`tests.benchmarks.growth.canary`), is repeated, and its losses and widths have to be those that the folder
-keeps. Losses may differ by :data:`TOLERANCE`, as processors round differently; a different draw, order, rule or
-schedule is far outside. What only shows in longer runs than those is not seen: such a change wants a new protocol.
+and ``<code>`` that of the files that can change what a run computes (:data:`CODE`), when the folder was made, which for
+final runs is when the protocol was fixed. Code that changed since may go on in the same folder if it still computes the
+same: a fixed set of tiny runs, one for each kind of arm (:mod:`tests.benchmarks.growth.canary`), is repeated, and its
+losses and widths have to be those that the folder keeps. Losses may differ by :data:`TOLERANCE`, as processors round
+differently; a different draw, order, rule or schedule is far outside. What only shows in longer runs than those is not
+seen: such a change wants a new protocol. Any other code is refused for final runs; tuning begins anew with it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.chassis.files import write_atomically
-from tests.benchmarks.growth.protocol import Protocol
+from tests.benchmarks.growth.protocol import TRAINED, Protocol
 from tests.infrastructure.processes import ROOT
 
 RUNS: Final = ROOT / "docs" / "benchmarks" / "runs"
@@ -41,6 +42,10 @@ _SHORT: Final = 12
 Figures = Mapping[str, Mapping[str, Any]]
 
 
+class OtherCodeError(RuntimeError):
+    """Final runs with code that computes something else than the code that the protocol was fixed with."""
+
+
 class Records:
     """The finished runs of one protocol by one code."""
 
@@ -51,13 +56,22 @@ class Records:
         """Where the run ``name`` is kept, or will be."""
         return self.folder / f"{name}.json"
 
+    def weights(self, name: str) -> Path:
+        """Of a trained host, which later runs begin with: part of the repository like its record."""
+        return self.folder / f"{name}.safetensors"
+
     def finished(self) -> dict[str, dict[str, Any]]:
-        """All that is there, by name. A file that is no JSON is a damaged checkout and raises ValueError."""
+        """All that is there, by name; a trained host without its weights is not.
+
+        A file that is no JSON is a damaged checkout and raises ValueError.
+        """
         found = {}
         for path in sorted(self.folder.glob("*.json")):
-            if path.name != _INDEX:
+            name = path.name.removesuffix(".json")
+            lost = name.startswith(f"{TRAINED}.") and not self.weights(name).exists()
+            if path.name != _INDEX and not lost:
                 try:
-                    found[path.name.removesuffix(".json")] = json.loads(path.read_bytes())
+                    found[name] = json.loads(path.read_bytes())
                 except ValueError as error:
                     raise ValueError(f"{path} is damaged: delete it, and its run is made again ({error})") from error
         return found
@@ -78,16 +92,21 @@ def code_hash(root: Path = ROOT) -> str:
 
 
 def open_records(
-    protocol: Protocol, *, figures: Callable[[], Figures], runs: Path = RUNS, tune: bool = False, root: Path = ROOT
+    protocol: Protocol,
+    *,
+    figures: Callable[[], Figures],
+    runs: Path = RUNS,
+    tune: bool = False,
+    create: bool = True,
+    root: Path = ROOT,
 ) -> Records:
     """The folder to go on in: the one that this code made or computes the same as, else a new one.
 
-    ``figures`` repeats the tiny runs; it is asked only when the code is not known yet.
+    ``figures`` repeats the tiny runs; it is asked only when the code is not known yet. Raises OtherCodeError if
+    ``create`` is false and there is no such folder.
     """
     code = code_hash(root)
-    # Tuning changes the protocol as it goes; its runs carry their rates in their names.
-    name = "tuning" if tune else protocol.hash[:_SHORT]
-    within = runs / protocol.name / name
+    within = runs / protocol.name / (f"tuning-{protocol.tuning_hash[:_SHORT]}" if tune else protocol.hash[:_SHORT])
     folders = {path.parent: json.loads(path.read_bytes()) for path in sorted(within.glob(f"*/{_INDEX}"))}
     for folder, index in folders.items():
         if code in index["codes"]:
@@ -98,6 +117,12 @@ def open_records(
             index["codes"].append(code)
             write_atomically(folder / _INDEX, json.dumps(index, indent=1) + "\n")
             return Records(folder)
+    if not create:
+        raise OtherCodeError(
+            f"this code ({code[:_SHORT]}) computes something else than the code that the protocol "
+            f"{protocol.hash[:_SHORT]} was fixed with ({', '.join(folder.name for folder in folders) or 'none'}): "
+            "go on in a checkout of that code, or fix the protocol anew with --write-protocol"
+        )
     folder = within / code[:_SHORT]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _INDEX, json.dumps({"codes": [code], "figures": now}, indent=1) + "\n")

@@ -117,8 +117,8 @@ class Runner:
         protocol: What to run.
         records: Where finished runs are.
         data_dir: Folder of the official CIFAR files.
-        tune: Validation figures of the tuning seeds only.
-        smoke: ``protocol`` is a miniature; its runs never read the test set.
+        final: The runs read the test set.
+        smoke: ``protocol`` is a miniature.
         commit: Commit each finished run.
     """
 
@@ -128,7 +128,7 @@ class Runner:
         records: Records,
         data_dir: Path,
         *,
-        tune: bool = False,
+        final: bool = False,
         smoke: bool = False,
         commit: bool = False,
         console: Console | None = None,
@@ -136,7 +136,7 @@ class Runner:
         self.protocol = protocol
         self.records = records
         self.data_dir = data_dir
-        self.tune = tune
+        self.final = final
         self.smoke = smoke
         self.commit = commit
         self.console = console or Console(stderr=True)
@@ -185,7 +185,7 @@ class Runner:
         def add(unit: Unit) -> None:
             if unit.name in self._done or unit.name in found:
                 return
-            for need in needs(self.protocol, unit, tune=self.tune).values():
+            for need in needs(self.protocol, unit).values():
                 add(need)
             found[unit.name] = unit
 
@@ -227,7 +227,7 @@ class Runner:
         """The next run that can be made; None when there is none any more."""
         with self._lock:
             while not self._stopped and self._waiting and (ends is None or time.monotonic() < ends):
-                for unit in ready(self.protocol, self._waiting, self._done, tune=self.tune):
+                for unit in ready(self.protocol, self._waiting, self._done):
                     self._waiting.remove(unit)
                     self._running.add(unit.name)
                     return unit
@@ -238,9 +238,10 @@ class Runner:
 
     def _finished(self, unit: Unit, record: Record) -> None:
         path = self.records.keep(unit.name, record)
-        if self.commit:
-            _commit([path, self._weights(unit)], f"Run {unit.name} of the proof")
         with self._lock:
+            if self.commit:
+                # One at a time: git locks its index.
+                _commit([path, self.records.weights(unit.name)], f"Run {unit.name} of the proof")
             self._done[unit.name] = record
             self._running.discard(unit.name)
             self._lock.notify_all()
@@ -255,21 +256,17 @@ class Runner:
         self.console.print(f"{unit.name} failed: {error}", highlight=False)
 
     def _order(self, unit: Unit) -> dict[str, Any]:
-        wanted = needs(self.protocol, unit, tune=self.tune)
+        wanted = needs(self.protocol, unit)
         trained = wanted.get("trained")
         return {
             "protocol": self.protocol.name,
             "smoke": self.smoke,
-            "final": not (self.tune or self.smoke),
+            "final": self.final,
             "unit": asdict(unit),
             "given": {role: self._done[need.name] for role, need in wanted.items()},
-            "weights": None if trained is None else str(self._weights(trained)),
-            "save_weights": str(self._weights(unit)) if unit.entry == TRAINED else None,
+            "weights": None if trained is None else str(self.records.weights(trained.name)),
+            "save_weights": str(self.records.weights(unit.name)) if unit.entry == TRAINED else None,
         }
-
-    def _weights(self, unit: Unit) -> Path:
-        """Of a trained host, which later runs begin with: part of the repository like its record."""
-        return self.records.folder / f"{unit.name}.safetensors"
 
 
 def estimate(waiting: Sequence[Unit], done: Mapping[str, Record]) -> float | None:

@@ -39,6 +39,9 @@ from tests.benchmarks.growth.services import Services
 #: Nothing in a benchmark may depend on how busy the machine is.
 _PATIENCE_SECONDS: Final = 60.0
 _LATENCY_STEPS: Final = 15
+#: Points of validation accuracy that a seed must be worth to stay: the default, and what every seed is worth.
+_CULLED_BELOW: Final = 0.0
+_NEVER_CULLED: Final = -1000.0
 #: Rows and columns of a batch that its hash sees.
 _HASHED_EVERY: Final = 8
 #: Reads the test set, where that is allowed.
@@ -150,7 +153,10 @@ def config_of(
                 "health_samples": growth.health_samples,
                 "decision_deadline_seconds": _PATIENCE_SECONDS,
                 "wait_for_kernel": True,
-                "evaluation": {"min_epochs": growth.min_epochs},
+                "evaluation": {
+                    "min_epochs": growth.min_epochs,
+                    "threshold": _CULLED_BELOW if growth.culls else _NEVER_CULLED,
+                },
             },
             "telemetry": {"traces": "off"},
         }
@@ -297,6 +303,8 @@ class _Run:
         records = trainer.engine.seeds()
         if any(record.outcome is SeedState.CANCELLED for record in records):
             raise UnitFailedError(f"{self.order.unit.name}: a kernel never came: {[r.reason for r in records]}")
+        if not self.entry.growth.culls and any(record.outcome is not SeedState.FOSSILIZED for record in records):
+            raise UnitFailedError(f"{self.order.unit.name}: a seed did not stay: {[r.reason for r in records]}")
         return {
             "plans": [{change["slot"]: change["size"] for change in line["plan"]} for line in decisions],
             "decision_epochs": trainer.decision_epochs,
