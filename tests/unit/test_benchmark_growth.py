@@ -105,7 +105,8 @@ def test_the_platform_with_its_controller_off_changes_nothing(make: Make) -> Non
 def test_what_a_grown_run_grew_is_known(make: Make) -> None:
     run = make("tamiyo")
     assert any(run["plans"])
-    assert {seed["outcome"] for seed in run["seeds"]} <= {"FOSSILIZED", "CULLED"}
+    assert {seed["outcome"] for seed in run["seeds"]} == {"FOSSILIZED"}, "judged, and nothing culled"
+    assert any(seed["contribution"] is not None for seed in run["seeds"])
     assert run["decision_epochs"] == [1, 2]
     assert make("transplant")["plans"] == make("tamiyo", 11)["plans"]
 
@@ -116,7 +117,15 @@ def test_equal_flops_are_equal(runs: dict[str, dict[str, Any]]) -> None:
     assert equal["training_flops"] == pytest.approx(spent, rel=1 / equal["steps"])
     assert equal["widths"] == grown["widths"]
     equal["training_flops"] *= 1.5
-    with pytest.raises(DishonestRunsError, match=r"final_equal_flops spent 1\.\d+ of tamiyo"):
+    with pytest.raises(DishonestRunsError, match=r"final_equal_flops spent 1\.\d+ of the FLOPs of tamiyo"):
+        analysis.check(TINY, runs)
+
+
+def test_rules_that_spent_more_than_others_are_caught(runs: dict[str, dict[str, Any]]) -> None:
+    runs["balanced.uniform.10"] = {**copy.deepcopy(runs["balanced.tamiyo.10"]), "arm": "uniform"}
+    analysis.check(TINY, runs)
+    runs["balanced.uniform.10"]["growth_flops"] += 0.5 * runs["balanced.tamiyo.10"]["training_flops"]
+    with pytest.raises(DishonestRunsError, match=r"uniform spent 1\.\d+ of the FLOPs of tamiyo, allowed are 3%"):
         analysis.check(TINY, runs)
 
 
@@ -366,6 +375,18 @@ def test_the_best_of_several_is_what_counts() -> None:
     (found,) = analysis.contrasts(protocol, tables)
     assert found["mean"] == pytest.approx(0.0, abs=1e-9)
     assert found["holds"] is False
+    uniform, chance = found["against"]["uniform"], found["against"]["random"]
+    assert found["interval"] == uniform["interval"], "the nearest rule's, where the others are far away"
+    lines = analysis.lines({"hosts": {}, "contrasts": [found]})
+    assert lines[1:] == [
+        f"    against {arm}: {analysis.difference(one)}" for arm, one in (("uniform", uniform), ("random", chance))
+    ]
+    # An arm of wide spread may be the best in truth, though it is not on these seeds.
+    wide = {"balanced": table(tamiyo=[80.0, 81.0, 82.1], uniform=[79.9, 81.0, 82.1], random=[78.0, 83.0, 81.0])}
+    (unsure,) = analysis.contrasts(protocol, wide)
+    assert unsure["mean"] == pytest.approx(0.0333, abs=1e-3)
+    assert unsure["interval"][0] == unsure["against"]["random"]["interval"][0] < -1
+    assert unsure["interval"][1] == unsure["against"]["uniform"]["interval"][1] < 1
     (unknown,) = analysis.contrasts(protocol, {"balanced": table(tamiyo=[1.0], uniform=[None], random=[1.0])})
     assert unknown["mean"] is None
     assert analysis.verdict(unknown) == "not measured"

@@ -259,6 +259,15 @@ def test_a_fixed_plan_larger_than_any_network_ends() -> None:
             ALGORITHMS["fixed"].check({"plan": {"a": size}})
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_chance_spends_as_much_as_any_rule(seed: int) -> None:
+    seen = observation([slot(name, 8) for name in "abcd"], factor=2.5, decisions_left=1, seed=seed)
+    widths = {one.name: one.width + sizes(decide("random", seen)).get(one.name, 0) for one in seen.slots}
+    for name, width in widths.items():
+        more = cost_of(seen.cost_terms, {**widths, name: width + 1})
+        assert width == 8 * seen.max_factor or more > seen.budget_limit, "nothing that could be bought is left"
+
+
 def test_permuted_spends_the_measured_needs_on_other_layers() -> None:
     full, idle = slot("full", 4, 4.0), slot("idle", 4, 0.4)
     plans = [decide("permuted", replace(observation([full, idle]), seed=seed)) for seed in range(20)]

@@ -1,7 +1,8 @@
 """Widen by chance: each layer gets a share of the decision's spending drawn from a Dirichlet distribution.
 
 Shares of the budget rather than factors, because factors compound into late layers and make a weak control
-(GROWTH, section 2b).
+(GROWTH, section 2b). What a share cannot spend, for want of a whole channel or at the width cap, the layers that drew
+most may spend, so that chance costs as much as any other rule.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ def decide(observation: Observation, parameters: Parameters, estimates: Estimate
         while planner.affords(name, 1) and spent + (price := planner.price(name, 1)) <= share * draw / total:
             planner.add(name, 1)
             spent += price
+    planner.fill(lambda eligible, width: draws[eligible.slot.name], least=0)
 
     def explain(slot: SlotView, added: int) -> str:
         return f"drew {draws[slot.name] / total:.0%} of this decision's spending"
 
     def summary(changes: tuple[Change, ...]) -> str:
         if not changes:
-            return "No adaptation: no channel fits within the shares drawn."
+            return "No adaptation: no channel fits within this decision's share of the budget."
         words = ", ".join(f"{change.slot.rsplit('/', 1)[-1]} by {change.size}" for change in changes)
         return f"Widen {words}: drawn at random. {planner.spending()}."
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from scipy import special  # type: ignore[import-untyped]  # scipy ships no types
 
-from tests.benchmarks.growth.arms import Record
+from tests.benchmarks.growth.arms import ARMS, Record
 from tests.benchmarks.growth.protocol import TRAINED, Contrast, Protocol
 
 FIGURES: Final = (
@@ -26,8 +26,6 @@ FIGURES: Final = (
     "wall_seconds",
     "latency_ms",
 )
-#: FLOPs of an arm that was to spend as much as the run it follows may differ by this share.
-_EQUAL_FLOPS: Final = 0.02
 
 
 class DishonestRunsError(ValueError):
@@ -40,7 +38,7 @@ def check(protocol: Protocol, finished: Mapping[str, Record]) -> None:
         for seed in {run["seed"] for run in finished.values() if run["entry"] == entry}:
             arms = {run["arm"]: run for run in finished.values() if (run["entry"], run["seed"]) == (entry, seed)}
             _check_pairing(f"{entry}, seed {seed}", arms)
-            _check_costs(f"{entry}, seed {seed}", arms)
+            _check_costs(f"{entry}, seed {seed}", arms, protocol.tolerance)
             if "sweep" in arms:
                 _check_sweep(f"{entry}, seed {seed}", arms["sweep"])
             if {"off", "host"} <= arms.keys() and arms["off"]["weights"] != arms["host"]["weights"]:
@@ -55,15 +53,31 @@ def _check_pairing(where: str, arms: Mapping[str, Record]) -> None:
             raise DishonestRunsError(f"{where}: {arm} was trained on other batches than {longest['arm']}: no pair")
 
 
-def _check_costs(where: str, arms: Mapping[str, Record]) -> None:
+def _check_costs(where: str, arms: Mapping[str, Record], tolerance: float) -> None:
+    """Arms that follow another in FLOPs, and rules that plan under one budget, spent alike."""
     for arm, run in arms.items():
-        followed = arms.get("grown" if arm in ("trained_on", "from_scratch") else "tamiyo")
-        if followed is None or not (arm.endswith("_equal_flops") or arm in ("sweep", "trained_on", "from_scratch")):
+        followed = arms.get(_measure_of(arm) or "")
+        if followed is None:
             continue
-        wanted = followed["training_flops"] + followed["growth_flops"]
+        share = _spent(run) / _spent(followed)
         # Whole steps: a short run cannot come nearer than one of them.
-        if abs(run["training_flops"] / wanted - 1) > _EQUAL_FLOPS + 1 / run["steps"]:
-            raise DishonestRunsError(f"{where}: {arm} spent {run['training_flops'] / wanted:.3f} of {followed['arm']}")
+        if abs(share - 1) > tolerance + 1 / run["steps"]:
+            raise DishonestRunsError(
+                f"{where}: {arm} spent {share:.3f} of the FLOPs of {followed['arm']}, allowed are {tolerance:.0%}"
+            )
+
+
+def _measure_of(name: str) -> str | None:
+    """The arm whose spending is that of the arm ``name``, too; None for an arm of any cost."""
+    arm = ARMS[name]
+    if arm.kind == "grown" and arm.policy is not None:
+        return "grown" if arm.trained else "tamiyo"
+    return arm.follows if arm.length == "flops" or arm.kind == "sweep" else None
+
+
+def _spent(run: Record) -> float:
+    flops: float = run["training_flops"] + run["growth_flops"]
+    return flops
 
 
 def _check_sweep(where: str, run: Record) -> None:
@@ -151,7 +165,11 @@ def contrasts(protocol: Protocol, tables: Mapping[str, Any]) -> list[dict[str, A
 
 
 def _contrast(one: Contrast, tables: Mapping[str, Any], confidence: float) -> dict[str, Any]:
-    """Against several arms: the one nearest to ``first``, and the largest p value (an intersection-union test)."""
+    """Against several arms: the smallest difference, and the largest p value (an intersection-union test).
+
+    The interval is that of the smallest difference, whichever arm it is to: from the lowest of the lower ends to the
+    lowest of the upper ends. ``against`` has every arm's own.
+    """
     against: dict[str, dict[str, Any]] = {}
     seeds = 0
     for second in one.second:
@@ -173,11 +191,13 @@ def _contrast(one: Contrast, tables: Mapping[str, Any], confidence: float) -> di
     }
     if len(against) < len(one.second):
         return {**described, "mean": None, "interval": None, "p": None, "holds": None}
-    nearest = min(against.values(), key=lambda found: float(found["mean"]))
+    mean = min(float(found["mean"]) for found in against.values())
+    intervals = [found["interval"] for found in against.values()]
+    interval = None if None in intervals else [min(low for low, _ in intervals), min(high for _, high in intervals)]
     ps = [found["p"] for found in against.values()]
     worst = None if any(p is None for p in ps) else max(ps)
     holds = None if worst is None else all(bool(found["holds"]) for found in against.values())
-    return {**described, "mean": nearest["mean"], "interval": nearest["interval"], "p": worst, "holds": holds}
+    return {**described, "mean": mean, "interval": interval, "p": worst, "holds": holds}
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -200,7 +220,15 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         for arm, found in table["arms"].items():
             validation, test = (spread(found[key]) for key in ("validation_accuracy", "test_accuracy"))
             made.append(f"{name:18} {arm:20} seeds {len(found['seed']):2}  validation {validation:14} test {test}")
-    return made + [f"{one['name']}: {verdict(one)}" for one in result["contrasts"]]
+    for one in result["contrasts"]:
+        made.append(f"{one['name']}: {verdict(one)}")
+        made += [f"    against {arm}: {difference(found)}" for arm, found in parts(one).items()]
+    return made
+
+
+def parts(one: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The arms that a contrast with the best of several is made of, as far as they are measured; else nothing."""
+    return one["against"] if len(one["second"]) > 1 else {}
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -213,13 +241,17 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(measured):.2f} ± {statistics.stdev(measured):.2f}"
 
 
+def difference(found: Mapping[str, Any]) -> str:
+    """A mean difference with its interval."""
+    text = f"{found['mean']:+.2f} points"
+    return text if found["interval"] is None else f"{text} [{found['interval'][0]:+.2f}, {found['interval'][1]:+.2f}]"
+
+
 def verdict(one: Mapping[str, Any]) -> str:
     """A contrast in words."""
     if one["mean"] is None:
         return "not measured"
-    text = f"{one['mean']:+.2f} points"
-    if one["interval"] is not None:
-        text += f" [{one['interval'][0]:+.2f}, {one['interval'][1]:+.2f}]"
+    text = difference(one)
     claim = "not worse by more than " + f"{one['margin']:g}" if one["margin"] is not None else "better"
     if one["holds"] is None:
         return f"{text}; too few pairs to say"

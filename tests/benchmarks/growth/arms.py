@@ -28,6 +28,7 @@ class Arm:
         timed_by: Arm whose steps tell how long its own will take.
         donor: Arm of another seed whose plan it repeats.
         trained: Whether it begins with a trained host.
+        layer: Which one a probe widens.
     """
 
     kind: Literal["static", "grown", "sweep"] = "static"
@@ -40,6 +41,11 @@ class Arm:
     donor: str | None = None
     trained: bool = False
     layer: int = 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether its policy grows by what layers use of their width, so that ``least_need`` means something to it."""
+        return self.policy in ("utilization", "permuted")
 
 
 def _rule(policy: str | None, **more: Any) -> Arm:

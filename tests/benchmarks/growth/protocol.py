@@ -50,8 +50,12 @@ class Growth:
     window: tuple[float, float] = (0.05, 0.15)
     decisions: int = 3
     max_factor: float = 2.0
-    health_samples: int = 1000
+    #: Twenty images for each channel of the widest layer that may come of it: fewer are no measurement.
+    health_samples: int = 2000
     min_epochs: int = 1
+    #: A layer that uses less of its width is not widened by a rule that measures; 0, so that such a rule spends as much
+    #: as those that do not, too.
+    least_need: float = 0.0
     #: Seeds are judged either way, and it is billed and kept. Without culls every rule keeps what it planned, so that
     #: rules that plan under one budget train networks of one cost.
     culls: bool = False
@@ -117,6 +121,9 @@ class Protocol:
     entries: Mapping[str, Entry]
     contrasts: tuple[Contrast, ...]
     confidence: float = 0.95
+    #: By which share FLOPs may differ between arms that are to spend alike, growth's own among them. Rules that plan
+    #: under one budget differ by whole channels, and by how many seeds there are to judge.
+    tolerance: float = 0.03
     #: Entries whose runs are made together, seed by seed, so that a run that is cut short has whole seeds of the first
     #: stages; empty: one stage of all.
     stages: tuple[tuple[str, ...], ...] = ()
@@ -241,7 +248,7 @@ GROWTH: Final = Protocol(
             arms=_RULES,
             seeds=_SIX_SEEDS,
             recipe=Recipe(mirror_when_judged=False),
-            growth=Growth(target_widths=(64, 64, 64, 64)),
+            growth=Growth(target_widths=(64, 64, 64, 64), health_samples=4000),
             rates={"host": 0.1, "wide": 0.1, "grown": 0.1},
         ),
         "digits": Entry(
@@ -344,6 +351,7 @@ def _budget(epochs: int) -> Entry:
             decisions=1,
             # Else a choice of layers under the budget of twice all widths could only be all of them.
             max_factor=3.0,
+            health_samples=1000,
         ),
         rates=_EXTEND_RATES[epochs],
     )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from services.chassis.files import write_atomically
 from tests.benchmarks.growth import plots
-from tests.benchmarks.growth.analysis import spread, verdict
+from tests.benchmarks.growth.analysis import difference, parts, spread, verdict
 from tests.infrastructure.processes import ROOT
 
 PAGE: Final = "docs/benchmarks.md"
@@ -84,21 +84,21 @@ def _budget_title(budget: str) -> str:
 def _described(result: Mapping[str, Any], tables: Mapping[str, Any], title: Any, drawings: dict[str, str]) -> list[str]:
     protocol = result["protocol"]
     missing = _missing(result, tables)
-    parts = [f"Protocol `{protocol['hash'][:12]}`, commit `{(protocol['commit'] or 'none')[:12]}`."]
+    made = [f"Protocol `{protocol['hash'][:12]}`, commit `{(protocol['commit'] or 'none')[:12]}`."]
     if missing:
-        parts.append(f"**Not complete**: {missing} of the protocol's runs are missing; what follows may change.")
-    parts += ["### Contrasts", _contrasts(result["contrasts"])]
+        made.append(f"**Not complete**: {missing} of the protocol's runs are missing; what follows may change.")
+    made += ["### Contrasts", _contrasts(result["contrasts"])]
     for name, table in tables.items():
         if not table["arms"]:
             continue
-        parts += [f"### {title(name)}", protocol["entries"][name]["network"]["why"], _table(table["arms"])]
+        made += [f"### {title(name)}", protocol["entries"][name]["network"]["why"], _table(table["arms"])]
         for kind, (cost, label) in _COSTS.items():
             found = plots.points(table["arms"], cost)
             if found:
                 file = f"{protocol['name']}-{name}-{kind}.svg"
                 drawings[file] = plots.scatter(found, title=f"{title(name)}: accuracy against {label}", x_label=label)
-                parts.append(f"![Accuracy against {label}](benchmarks/{file})")
-    return parts
+                made.append(f"![Accuracy against {label}](benchmarks/{file})")
+    return made
 
 
 def _missing(result: Mapping[str, Any], tables: Mapping[str, Any]) -> int:
@@ -117,6 +117,7 @@ def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> str:
         second = one["second"][0] if len(one["second"]) == 1 else f"best of {', '.join(one['second'])}"
         aim = "" if one["aim"] is None else f"{one['aim']:+g}"
         rows.append(f"| {name}: {one['first']} minus {second} | {one['pairs']} | {verdict(one)} | {aim} |")
+        rows += [f"| … minus {arm} | | {difference(found)} | |" for arm, found in parts(one).items()]
     return "\n".join(rows)
 
 

@@ -279,8 +279,7 @@ class _Run:
     def _grown(self) -> tuple[TolariaTrainer, ArmResult, dict[str, Any]]:
         policy = "policies/utilization@1"
         if self.arm.policy is not None:
-            parameters = {"plans": list(self.order.given["donor"]["plans"])} if self.arm.donor is not None else {}
-            policy = self.services.policy(self.arm.policy, parameters)
+            policy = self.services.policy(self.arm.policy, self._parameters())
         config = self._config(policy)
         telemetry = setup("training", config.telemetry, None, None)
         shelf = self.services.shelf(self.order.folder)
@@ -294,6 +293,12 @@ class _Run:
             result = trainer.train()
         telemetry.shutdown()
         return trainer, result, self._growth(trainer)
+
+    def _parameters(self) -> dict[str, Any]:
+        """Those of the arm's policy that are not its defaults."""
+        if self.arm.donor is not None:
+            return {"plans": list(self.order.given["donor"]["plans"])}
+        return {"least_need": self.entry.growth.least_need} if self.arm.measures else {}
 
     def _growth(self, trainer: TolariaTrainer) -> dict[str, Any]:
         """What grew; raises UnitFailedError for what kept the arm from being itself."""
