@@ -30,6 +30,7 @@ from tests.benchmarks.growth.protocol import (
     Protocol,
     Recipe,
     Tuning,
+    miniature,
 )
 from tests.benchmarks.growth.records import RUNS, OtherCodeError, Records, code_hash, open_records, same_figures
 from tests.benchmarks.growth.services import LocalServices
@@ -107,8 +108,20 @@ def test_what_a_grown_run_grew_is_known(make: Make) -> None:
     assert any(run["plans"])
     assert {seed["outcome"] for seed in run["seeds"]} == {"FOSSILIZED"}, "judged, and nothing culled"
     assert any(seed["contribution"] is not None for seed in run["seeds"])
+    assert [seen["epoch"] for seen in run["utilization"]] == [1, 2]
+    assert all(0 < share <= 1 for seen in run["utilization"] for name, share in seen.items() if name != "epoch")
     assert run["decision_epochs"] == [1, 2]
     assert make("transplant")["plans"] == make("tamiyo", 11)["plans"]
+
+
+def test_a_lineage_replayed_without_the_rule_is_the_same_network(make: Make, data: DataSet, tmp_path: Path) -> None:
+    grown = make("tamiyo")
+    order = training.Order(
+        entry=ENTRY, unit=Unit("balanced", "transplant", 10), given={"donor": grown}, folder=tmp_path
+    )
+    replayed = training.run(order, data, LocalServices(tmp_path))
+    assert replayed["plans"] == grown["plans"]
+    assert replayed["weights"] == grown["weights"]
 
 
 def test_equal_flops_are_equal(runs: dict[str, dict[str, Any]]) -> None:
@@ -127,6 +140,12 @@ def test_rules_that_spent_more_than_others_are_caught(runs: dict[str, dict[str, 
     runs["balanced.uniform.10"]["growth_flops"] += 0.5 * runs["balanced.tamiyo.10"]["training_flops"]
     with pytest.raises(DishonestRunsError, match=r"uniform spent 1\.\d+ of the FLOPs of tamiyo, allowed are 3%"):
         analysis.check(TINY, runs)
+    # Under a budget of parameters rules differ in FLOPs.
+    record = replace(TINY, entries={"balanced": replace(ENTRY, growth=Growth(target_parameters=900))})
+    analysis.check(record, runs)
+    runs["balanced.uniform.10"]["parameters"] *= 2
+    with pytest.raises(DishonestRunsError, match=r"uniform spent 2\.000 of the parameters of tamiyo"):
+        analysis.check(record, runs)
 
 
 def test_an_arm_with_another_arms_data_order_is_caught(runs: dict[str, dict[str, Any]], make: Make) -> None:
@@ -207,6 +226,14 @@ def test_probes_widen_one_layer_each_at_equal_cost(data: DataSet) -> None:
         assert hosts.forward_flops(ENTRY, widths, data) <= 2 * host < hosts.forward_flops(ENTRY, one_more, data)
     assert {unit.arm for unit in tuning_units(GROWTH)} >= {f"probe_{layer}" for layer in range(6)}
     assert not any(unit.arm.startswith("probe") for unit in units(GROWTH))
+
+
+def test_a_miniature_has_images_enough_to_measure_its_host() -> None:
+    for protocol in PROTOCOLS.values():
+        for name, entry in miniature(protocol).entries.items():
+            assert entry.recipe.limit is not None
+            training_images = entry.recipe.limit * (1 - entry.recipe.validation_ratio)
+            assert training_images >= 20 * max(entry.network.widths), f"{name}: Tamiyo would plan nothing"
 
 
 @pytest.mark.parametrize("name", ["narrow_not_needy", "wide_but_needy", "mlp"])

@@ -34,11 +34,12 @@ class DishonestRunsError(ValueError):
 
 def check(protocol: Protocol, finished: Mapping[str, Record]) -> None:
     """Refuse finished runs that break the rules of comparison. Raises DishonestRunsError naming the runs."""
-    for entry in protocol.entries:
+    for entry, described in protocol.entries.items():
         for seed in {run["seed"] for run in finished.values() if run["entry"] == entry}:
             arms = {run["arm"]: run for run in finished.values() if (run["entry"], run["seed"]) == (entry, seed)}
             _check_pairing(f"{entry}, seed {seed}", arms)
-            _check_costs(f"{entry}, seed {seed}", arms, protocol.tolerance)
+            in_flops = described.growth.target_parameters is None
+            _check_costs(f"{entry}, seed {seed}", arms, protocol.tolerance, in_flops=in_flops)
             if "sweep" in arms:
                 _check_sweep(f"{entry}, seed {seed}", arms["sweep"])
             if {"off", "host"} <= arms.keys() and arms["off"]["weights"] != arms["host"]["weights"]:
@@ -53,17 +54,21 @@ def _check_pairing(where: str, arms: Mapping[str, Record]) -> None:
             raise DishonestRunsError(f"{where}: {arm} was trained on other batches than {longest['arm']}: no pair")
 
 
-def _check_costs(where: str, arms: Mapping[str, Record], tolerance: float) -> None:
-    """Arms that follow another in FLOPs, and rules that plan under one budget, spent alike."""
+def _check_costs(where: str, arms: Mapping[str, Record], tolerance: float, *, in_flops: bool) -> None:
+    """Arms that follow another in FLOPs, and rules that plan under one budget, spent alike.
+
+    Under a budget of parameters rules end with as many of them.
+    """
     for arm, run in arms.items():
         followed = arms.get(_measure_of(arm) or "")
         if followed is None:
             continue
-        share = _spent(run) / _spent(followed)
+        what = "FLOPs" if in_flops or ARMS[arm].kind != "grown" else "parameters"
+        share = _spent(run) / _spent(followed) if what == "FLOPs" else run["parameters"] / followed["parameters"]
         # Whole steps: a short run cannot come nearer than one of them.
         if abs(share - 1) > tolerance + 1 / run["steps"]:
             raise DishonestRunsError(
-                f"{where}: {arm} spent {share:.3f} of the FLOPs of {followed['arm']}, allowed are {tolerance:.0%}"
+                f"{where}: {arm} spent {share:.3f} of the {what} of {followed['arm']}, allowed are {tolerance:.0%}"
             )
 
 

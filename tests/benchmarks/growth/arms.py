@@ -19,7 +19,7 @@ class Arm:
     Attributes:
         kind: ``static`` does not grow, ``grown`` does, ``sweep`` trains several static shapes and keeps one.
         shape: Of a static arm: the ``host``, the ``final`` shape of the run it follows, the ``target`` of the budget,
-            or the host with one ``layer`` widened, a ``probe``.
+            one of the shapes ``listed`` in the entry, or the host with one layer widened, a ``probe``.
         length: As many ``epochs`` as the recipe says; until as many ``flops`` or CPU seconds (``time``) are spent as
             by the run it follows, growth included.
         policy: Of a growing arm; ``None`` decides nothing.
@@ -28,11 +28,11 @@ class Arm:
         timed_by: Arm whose steps tell how long its own will take.
         donor: Arm of another seed whose plan it repeats.
         trained: Whether it begins with a trained host.
-        layer: Which one a probe widens.
+        index: Which shape is meant, or which layer a probe widens.
     """
 
     kind: Literal["static", "grown", "sweep"] = "static"
-    shape: Literal["host", "final", "target", "probe"] = "host"
+    shape: Literal["host", "final", "target", "listed", "probe"] = "host"
     length: Literal["epochs", "flops", "time"] = "epochs"
     policy: str | None = None
     rate: str = "host"
@@ -40,7 +40,7 @@ class Arm:
     timed_by: str | None = None
     donor: str | None = None
     trained: bool = False
-    layer: int = 0
+    index: int = 0
 
     @property
     def measures(self) -> bool:
@@ -71,7 +71,8 @@ ARMS: Final[Mapping[str, Arm]] = {
     "grown_uniform": _rule("uniform", trained=True),
     "trained_on": Arm(length="flops", rate="trained_on", follows="grown", trained=True),
     "from_scratch": Arm(shape="target", length="flops", rate="wide", follows="grown"),
-    **{f"probe_{layer}": Arm(shape="probe", layer=layer) for layer in range(6)},
+    **{f"static_{index}": Arm(shape="listed", index=index, rate="wide") for index in range(4)},
+    **{f"probe_{layer}": Arm(shape="probe", index=layer) for layer in range(7)},
 }
 
 
@@ -116,7 +117,7 @@ def tuning_units(protocol: Protocol) -> list[Unit]:
         Unit(name, arm, seed, protocol.entries[name].rates[ARMS[arm].rate])
         for name in protocol.probed
         for seed in protocol.probe_seeds
-        for arm in ("host", *(f"probe_{layer}" for layer in range(len(protocol.entries[name].network.widths))))
+        for arm in ("host", "off", *(f"probe_{layer}" for layer in range(len(protocol.entries[name].network.widths))))
     ]
     return list(dict.fromkeys([*tuned, *probes]))
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from services.chassis.config.schema import GrowthConfig
 from services.kasmina.engine import GrowthEngine
 from services.tolaria.data.splits import DataSet
-from services.tolaria.hosts import HEAD_SCALE, MultilayerPerceptron, WhiteningStem
+from services.tolaria.hosts import HEAD_SCALE, MultilayerPerceptron, VisionTransformerHost, WhiteningStem
 from services.tolaria.seeds import derive
 from tests.benchmarks.growth.protocol import Entry, Stem
 
@@ -23,22 +22,17 @@ _POOLED = (0, 2)
 _POOLED_SIDE = 16
 
 
-class BlurredGray(nn.Module):
-    """Fixed: the mean over the channels, blurred 3x3 twice, half the size. [N, C, H, W] to [N, 1, H / 2, W / 2]."""
+class Brightness(nn.Module):
+    """Fixed: how bright an image is on average, everywhere and ``channels`` times. To [N, channels, H / 2, W / 2]."""
 
-    kernel: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        line = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer("kernel", (line[:, None] * line[None, :])[None, None])
+        self.channels = channels
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        gray = images.mean(dim=1, keepdim=True)
-        for _ in range(2):
-            gray = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), self.kernel)
-        return F.avg_pool2d(gray, 2)
+        """[N, C, H, W] to what the class says."""
+        _, _, height, width = images.shape
+        return images.mean(dim=(1, 2, 3), keepdim=True).expand(-1, self.channels, height // 2, width // 2)
 
 
 class PatchStem(nn.Module):
@@ -72,21 +66,30 @@ class ConvolutionalLayer(nn.Module):
 
 
 class LayeredHost(nn.Module):
-    """A chain of :class:`ConvolutionalLayer` behind a stem."""
+    """A chain of :class:`ConvolutionalLayer` behind a stem.
+
+    With the stem ``aside`` there is a layer beside the first one of the chain, with next to nothing to see; the second
+    of the chain reads both. Its width is the first of ``widths``.
+    """
 
     def __init__(self, input_shape: tuple[int, ...], classes: int, widths: tuple[int, ...], stem: Stem) -> None:
         super().__init__()
         channels, side, _ = input_shape
         self.stem: nn.Module = nn.Identity()
-        if stem == "whitening":
+        self.aside: nn.Module | None = None
+        beside = 0
+        if stem in ("whitening", "aside"):
             self.stem, channels, side = WhiteningStem(channels), 8 * channels, side // 2
-        elif stem == "blurred":
-            self.stem, channels, side = BlurredGray(), 1, side // 2
         elif stem == "patches":
             self.stem, channels, side = PatchStem(channels), 32 * channels, side // 4
+        if stem == "aside":
+            beside, *others = widths
+            widths = tuple(others)
+            self.aside = nn.Sequential(Brightness(channels), ConvolutionalLayer(channels, beside, pool=True))
         layers = []
         for index, width in enumerate(widths):
-            layers.append(ConvolutionalLayer(channels, width, pool=index in _POOLED))
+            read = channels + beside if index == 1 else channels
+            layers.append(ConvolutionalLayer(read, width, pool=index in _POOLED))
             channels, side = width, side // 2 if index in _POOLED else side
         self.layers = nn.Sequential(*layers)
         self.pool = nn.MaxPool2d(side)
@@ -95,7 +98,12 @@ class LayeredHost(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] to logits [N, classes]."""
-        logits: Tensor = self.head(self.flatten(self.pool(self.layers(self.stem(images)))))
+        features = self.stem(images)
+        for index, layer in enumerate(self.layers):
+            features = layer(features)
+            if index == 0 and self.aside is not None:
+                features = torch.cat([features, self.aside(images)], dim=1)
+        logits: Tensor = self.head(self.flatten(self.pool(features)))
         return logits * HEAD_SCALE
 
 
@@ -121,6 +129,8 @@ def build(entry: Entry, widths: tuple[int, ...], data: DataSet, seed: int) -> nn
         torch.manual_seed(derive(seed, "initialization"))
         if entry.network.kind == "mlp":
             return PooledPerceptron(data.input_shape, data.classes, widths)
+        if entry.network.kind == "vit":
+            return VisionTransformerHost(data.input_shape, data.classes, widths)
         model = LayeredHost(data.input_shape, data.classes, widths, entry.network.stem)
     images = data.normalization(data.training.images[:_FITTED_IMAGES])
     if isinstance(model.stem, WhiteningStem):

@@ -37,6 +37,7 @@ ARMS: Final[Mapping[str, str]] = {
     "transplant": "grown, by another seed's plan",
     "off": "the platform attached, its controller off",
     "sweep": "best by validation of several static shapes that cost together as much as the grown run",
+    **{f"static_{index}": f"static shape {index + 1} of those that the protocol names" for index in range(4)},
     "grown": "the trained host, grown, Tamiyo chooses",
     "grown_uniform": "the trained host, grown, all layers alike",
     "trained_on": "the trained host, trained on",

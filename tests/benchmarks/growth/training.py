@@ -28,7 +28,7 @@ from services.tolaria.interrupt import Interrupt
 from services.tolaria.journal import Journal
 from services.tolaria.ports import Mesh, OfflineMesh
 from services.tolaria.progress import ProgressWriter
-from services.tolaria.reporting import DECISIONS_FILE, METRICS_FILE, RunReporter
+from services.tolaria.reporting import DECISIONS_FILE, EVENTS_FILE, METRICS_FILE, RunReporter
 from services.tolaria.task import Classification
 from services.tolaria.trainer import ArmResult, TolariaTrainer
 from tests.benchmarks.growth import hosts
@@ -234,8 +234,10 @@ class _Run:
             widths = _target(self.entry)
         elif self.arm.shape == "final":
             widths = tuple(self.order.given["follows"]["widths"])
+        elif self.arm.shape == "listed":
+            widths = self.entry.sweep[self.arm.index]
         elif self.arm.shape == "probe":
-            widths = probed(self.entry, self.arm.layer, self.order.probe_factor, self.data)
+            widths = probed(self.entry, self.arm.index, self.order.probe_factor, self.data)
         flops = hosts.forward_flops(self.entry, widths, self.data)
         trainer = self._trainer(OfflineMesh(), widths, steps=self._steps(flops))
         return trainer, trainer.train(), {}
@@ -283,7 +285,8 @@ class _Run:
         config = self._config(policy)
         telemetry = setup("training", config.telemetry, None, None)
         shelf = self.services.shelf(self.order.folder)
-        name = f"{self.order.unit.entry}-{self.order.unit.arm}-{self.order.unit.seed}"
+        # Tamiyo answers a run's request once: every run has a name of its own.
+        name = self.order.unit.name.replace(".", "-")
         with self.services.mesh(config, name, shelf, telemetry) as mesh:
             trainer = self._trainer(
                 mesh, self.entry.network.widths, config=config, grow=True, shelf=shelf, run=name, telemetry=telemetry
@@ -313,6 +316,11 @@ class _Run:
         return {
             "plans": [{change["slot"]: change["size"] for change in line["plan"]} for line in decisions],
             "decision_epochs": trainer.decision_epochs,
+            "utilization": [
+                {"epoch": event["epoch"], **{slot["slot"]: slot["utilization"] for slot in event["slots"]}}
+                for event in _lines(self.order.folder / EVENTS_FILE)
+                if event["kind"] == "health"
+            ],
             "seeds": [
                 {
                     "slot": record.slot,

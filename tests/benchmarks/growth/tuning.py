@@ -43,12 +43,23 @@ def lines(protocol: Protocol, finished: Mapping[str, Record]) -> list[str]:
         for rate, values in sorted(rates.items())
     ]
     for entry in protocol.probed:
+        made += _in_use(protocol, finished, entry)
         for arm in dict.fromkeys(u.arm for u in tuning_units(protocol) if u.entry == entry and "probe" in u.arm):
             gains = probe_gains(protocol, finished, entry, arm)
             if gains:
                 made.append(f"{entry:18} {arm:12} over the host {spread(gains)} ({len(gains)} seeds)")
     for entry, rates in chosen(protocol, finished).items():
         made.append(f"chosen for {entry}: {rates}")
+    return made
+
+
+def _in_use(protocol: Protocol, finished: Mapping[str, Record], entry: str) -> list[str]:
+    """What the layers of a host use of their width while decisions would be made."""
+    made, rate = [], protocol.entries[entry].rates["host"]
+    for seed in protocol.probe_seeds:
+        for seen in finished.get(Unit(entry, "off", seed, rate).name, {}).get("utilization", []):
+            layers = (f"{slot} {share:.2f}" for slot, share in seen.items() if slot != "epoch" and share is not None)
+            made.append(f"{entry:18} seed {seed}, after epoch {seen['epoch']}, in use: {', '.join(layers)}")
     return made
 
 
