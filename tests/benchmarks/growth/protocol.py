@@ -432,4 +432,5 @@ def miniature(protocol: Protocol) -> Protocol:
         growth = replace(entry.growth, window=window, health_samples=300)
         entries[name] = replace(entry, recipe=recipe, growth=growth, seeds=entry.seeds[:2])
     tuning = tuple(replace(one, rates=one.rates[:1], seeds=one.seeds[:1]) for one in protocol.tuning)
-    return replace(protocol, entries=entries, tuning=tuning, probe_seeds=(0,))
+    # Measuring and judging weigh more in so short a run, and rules differ in them.
+    return replace(protocol, entries=entries, tuning=tuning, probe_seeds=(0,), tolerance=0.25)
