@@ -157,12 +157,17 @@ class Runner:
             return
         ends = None if deadline is None else time.monotonic() + deadline
         with tempfile.TemporaryDirectory(prefix="esper-growth-") as name, contextlib.ExitStack() as stack:
-            mesh = stack.enter_context(shared_mesh(Path(name) / "mesh"))
+            folder = Path(name) / "mesh"
+            # They load while the services start.
+            made = [Worker(folder, self.data_dir) for _ in range(min(workers, len(self._waiting)))]
+            closing = stack.enter_context(contextlib.ExitStack())
+            for worker in made:
+                closing.callback(worker.close)
+            stack.enter_context(shared_mesh(folder))
+            # Before the services stop: a run must not end by missing them.
+            stack.callback(closing.close)
             progress = stack.enter_context(self._progress())
             total = progress.add_task("all", total=len(self._waiting), left=self._left())
-            made = [Worker(mesh, self.data_dir) for _ in range(min(workers, len(self._waiting)))]
-            for worker in made:
-                stack.callback(worker.close)
             threads = [
                 threading.Thread(target=self._work, args=(worker, progress, total, ends), daemon=True)
                 for worker in made
