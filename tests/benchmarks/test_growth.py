@@ -65,6 +65,9 @@ def test_a_killed_runner_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in first} == first, "what was finished stays"
     assert all(record["test_accuracy"] is None for record in records.values()), "a miniature reads no test set"
     assert all(len(record["plans"]) == 3 for record in records.values() if record["arm"] == "tamiyo")
+    nothing = runner(tmp_path / "elsewhere")
+    nothing.run(WANTED, deadline=0)
+    assert not (tmp_path / "elsewhere").exists()
     again = runner(tmp_path)
     again.run(WANTED)
     assert not again.failed, "nothing is left to do"

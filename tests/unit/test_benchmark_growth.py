@@ -256,7 +256,7 @@ def test_every_entry_can_be_run_and_every_contrast_is_about_arms_it_has() -> Non
     assert set(SIX) <= GROWTH.entries.keys()
     for protocol in PROTOCOLS.values():
         for name, entry in protocol.entries.items():
-            assert set(entry.arms) <= ARMS.keys() & report.ARMS.keys()
+            assert set(entry.arms) <= ARMS.keys() & report.IN_WORDS.keys()
             assert not set(entry.seeds) & set(protocol.tuning_seeds)
             assert entry.network.why, name
         for contrast in protocol.contrasts:
@@ -456,7 +456,8 @@ def test_the_page_of_the_repository_is_what_its_json_says() -> None:
 
 
 def test_a_page_with_figures(tmp_path: Path) -> None:
-    described = {"hash": TINY.hash, "commit": "c0ffee", **TINY.content()}
+    one = Tuning(entries=("balanced",), arms=("tamiyo", "uniform"), rates=(0.3, 0.6), seeds=(0, 1))
+    described = {"hash": TINY.hash, "commit": "c0ffee", **replace(TINY, tuning=(one,)).content()}
     tables = {"balanced": table(host=[75.0, 76.0], tamiyo=[81.5, 82.0], off=[None, None])}
     result = {"protocol": described, "hosts": tables, "contrasts": analysis.contrasts(TINY, tables)}
     folder = tmp_path / "docs" / "benchmarks"
@@ -464,6 +465,7 @@ def test_a_page_with_figures(tmp_path: Path) -> None:
     (folder / "growth.json").write_text(json.dumps(result))
     page = report.write(tmp_path).read_text()
     assert "75.50 ± 0.71" in page
+    assert "| balanced: `tamiyo`, `uniform` | 0.3, 0.6 | 0, 1 | 0.6 |" in page
     assert "**over host** (primary): tamiyo minus host | 2 | +6.25 points" in page
     assert "**Not complete**: 6 of the protocol's runs are missing" in page
     assert "not measured" in page

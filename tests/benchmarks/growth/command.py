@@ -55,7 +55,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="*", help="only these arms, and what they wait for")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
     parser.add_argument("--workers", type=int, default=WORKERS)
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes; 0: just write the JSON")
     parser.add_argument("--commit", action="store_true", help="commit each finished run")
     return parser
 

@@ -52,6 +52,11 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @property
+    def index(self) -> Path:
+        """Which code made them, and what it computes."""
+        return self.folder / _INDEX
+
     def path(self, name: str) -> Path:
         """Where the run ``name`` is kept, or will be."""
         return self.folder / f"{name}.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.chassis.files import write_atomically
-from tests.benchmarks.growth import plots
+from tests.benchmarks.growth import arms, plots
 from tests.benchmarks.growth.analysis import difference, parts, spread, verdict
 from tests.infrastructure.processes import ROOT
 
@@ -23,7 +23,7 @@ once per finished run after the protocol was committed. Contrasts are paired by 
 same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts are corrected by Holm's
 method. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
 """
-ARMS: Final[Mapping[str, str]] = {
+IN_WORDS: Final[Mapping[str, str]] = {
     "host": "the host, not grown",
     "host_equal_flops": "the host, trained until it cost as much as the grown run",
     "final_equal_epochs": "the grown run's final shape from scratch, as many epochs",
@@ -88,6 +88,8 @@ def _described(result: Mapping[str, Any], tables: Mapping[str, Any], title: Any,
     made = [f"Protocol `{protocol['hash'][:12]}`, commit `{(protocol['commit'] or 'none')[:12]}`."]
     if missing:
         made.append(f"**Not complete**: {missing} of the protocol's runs are missing; what follows may change.")
+    if protocol["tuning"]:
+        made.append(_tuned(protocol))
     made += ["### Contrasts", _contrasts(result["contrasts"])]
     for name, table in tables.items():
         if not table["arms"]:
@@ -100,6 +102,19 @@ def _described(result: Mapping[str, Any], tables: Mapping[str, Any], title: Any,
                 drawings[file] = plots.scatter(found, title=f"{title(name)}: accuracy against {label}", x_label=label)
                 made.append(f"![Accuracy against {label}](benchmarks/{file})")
     return made
+
+
+def _tuned(protocol: Mapping[str, Any]) -> str:
+    """What was tried to find the learning rates."""
+    rows = ["| learning rate of | tried | on seeds | chosen |", "|---|---|---|---|"]
+    for one in protocol["tuning"]:
+        tried, seeds = (", ".join(f"{value:g}" for value in one[key]) for key in ("rates", "seeds"))
+        named = ", ".join(f"`{arm}`" for arm in one["arms"])
+        for entry in one["entries"]:
+            chosen = protocol["entries"][entry]["rates"][arms.ARMS[one["arms"][0]].rate]
+            rows.append(f"| {entry}: {named} | {tried} | {seeds} | {chosen:g} |")
+    kept = "What was not tuned has the rate of its class in a table that was."
+    return "\n".join(["Learning rates were chosen by validation accuracy, on seeds of their own. " + kept, "", *rows])
 
 
 def _missing(result: Mapping[str, Any], tables: Mapping[str, Any]) -> int:
@@ -122,15 +137,15 @@ def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _table(arms: Mapping[str, Any]) -> str:
+def _table(measured: Mapping[str, Any]) -> str:
     rows = [
         "| arm | seeds | test % | validation % | parameters | FLOPs | of them growth | CPU s | step, ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, arm in arms.items():
+    for name, arm in measured.items():
         flops = [one + other for one, other in zip(arm["training_flops"], arm["growth_flops"], strict=True)]
         cells = [
-            f"`{name}`: {ARMS[name]}",
+            f"`{name}`: {IN_WORDS[name]}",
             str(len(arm["seed"])),
             spread(arm["test_accuracy"]),
             spread(arm["validation_accuracy"]),

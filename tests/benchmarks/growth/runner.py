@@ -153,7 +153,7 @@ class Runner:
         Runs that failed are in ``failed``. KeyboardInterrupt passes, with all processes gone.
         """
         self._waiting = self._missing(wanted)
-        if not self._waiting:
+        if not self._waiting or deadline == 0:
             return
         ends = None if deadline is None else time.monotonic() + deadline
         with tempfile.TemporaryDirectory(prefix="esper-growth-") as name, contextlib.ExitStack() as stack:
@@ -246,7 +246,7 @@ class Runner:
         with self._lock:
             if self.commit:
                 # One at a time: git locks its index.
-                _commit([path, self.records.weights(unit.name)], f"Run {unit.name} of the proof")
+                _commit([path, self.records.weights(unit.name), self.records.index], f"Run {unit.name} of the proof")
             self._done[unit.name] = record
             self._running.discard(unit.name)
             self._lock.notify_all()
