@@ -17,6 +17,13 @@ _T = TypeVar("_T")
 _DEFAULT_ENTRIES: Final = 10_000
 
 
+def reused(request_id: str) -> EsperError:
+    """For an id that came before, with other content."""
+    return EsperError(
+        f"request_id {request_id!r} was used for another request: choose a new one", reason=Reason.REQUEST_ID_REUSED
+    )
+
+
 def digest_of(message: Message) -> str:
     """SHA-256 of a message in deterministic serialisation, hex."""
     return hashlib.sha256(message.SerializeToString(deterministic=True)).hexdigest()
@@ -52,10 +59,7 @@ class RequestCache:
         key, digest = (method, request_id), digest_of(request)
         if (known := self._answers.get(key)) is not None:
             if known[0] != digest:
-                raise EsperError(
-                    f"request_id {request_id!r} was used for another request: choose a new one",
-                    reason=Reason.REQUEST_ID_REUSED,
-                )
+                raise reused(request_id)
             self._answers.move_to_end(key)
             return cast(_T, await asyncio.shield(known[1]))
         answer = asyncio.ensure_future(_call(work))

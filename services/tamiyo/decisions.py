@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from services.chassis.errors import EsperError, Reason
+from services.chassis.idempotency import reused
 from services.chassis.ids import new_id
 from services.tamiyo.observation import Change, Evidence, Observation, Plan
 from services.tamiyo.policies import ALGORITHMS
@@ -106,10 +107,7 @@ class DecisionMaker:
         if known is None:
             return None
         if known[0] != request_digest:
-            raise EsperError(
-                f"request_id {request_id!r} was used for another request: choose a new one",
-                reason=Reason.REQUEST_ID_REUSED,
-            )
+            raise reused(request_id)
         return Decision.from_document(known[1])
 
     def _plan(self, observation: Observation, version: PolicyVersion) -> Plan:

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from services.chassis.errors import EsperError, Reason, invalid, not_found
+from services.chassis.idempotency import reused
 from services.tamiyo.learning import learn
 from services.tamiyo.policies import ALGORITHMS, Estimates, Parameters
 from services.tamiyo.policies.parameters import FamilyEstimate
-from services.tamiyo.store import Store
+from services.tamiyo.store import Request, Store
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def _estimates_json(estimates: Estimates) -> dict[str, Any]:
 class PolicyRegistry:
     """Versions of all policies, kept in a :class:`Store`; version 1 of each algorithm is made at first start.
 
-    They are read when they are asked for, as another Tamiyo on the same database may add or activate one.
+    They are read when they are asked for, as another Tamiyo on the same database may add or activate one. A change that
+    comes with a :class:`Request` is made once, whatever dies meanwhile: asked again, it gives the version that it made
+    or activated, as that is now. Another change under the same id is refused, REQUEST_ID_REUSED.
     """
 
     def __init__(self, store: Store) -> None:
@@ -105,40 +108,48 @@ class PolicyRegistry:
         known = ", ".join(sorted({f"policies/{version.algorithm}" for version in versions}))
         raise not_found("policy", name, reason=Reason.POLICY_NOT_FOUND, hint=f"known are {known} and their versions")
 
-    def activate(self, name: str, *, etag: str = "") -> PolicyVersion:
+    def activate(self, name: str, *, etag: str = "", request: Request | None = None) -> PolicyVersion:
         """Make a version the active one of its algorithm.
 
         Raises:
-            EsperError: POLICY_NOT_FOUND, ETAG_MISMATCH.
+            EsperError: POLICY_NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
+        if (known := self._answered(request)) is not None:
+            return known
         chosen = self.get(name)
         if etag and etag != chosen.etag:
             raise EsperError(f"{name} changed since it was read: read it again", reason=Reason.ETAG_MISMATCH)
-        self._store.activate(chosen.name, chosen.algorithm)
+        self._store.activate(chosen.name, chosen.algorithm, request)
         return replace(chosen, active=True)
 
-    def create(self, algorithm: str, parameters: Mapping[str, object]) -> PolicyVersion:
+    def create(
+        self, algorithm: str, parameters: Mapping[str, object], *, request: Request | None = None
+    ) -> PolicyVersion:
         """A new version with these parameters; keys that are missing keep the active version's values.
 
         Raises:
-            EsperError: UNKNOWN_ALGORITHM, INVALID_FIELD.
+            EsperError: UNKNOWN_ALGORITHM, INVALID_FIELD, REQUEST_ID_REUSED.
         """
+        if (known := self._answered(request)) is not None:
+            return known
         parent = self._active(algorithm)
         policy = ALGORITHMS[algorithm]
         for key in parameters:
             if key not in policy.DEFAULTS:
-                known = ", ".join(policy.DEFAULTS) or "none"
-                raise invalid(f"parameters.{key}", f"{algorithm} has no such parameter", f"its parameters: {known}")
+                valid = ", ".join(policy.DEFAULTS) or "none"
+                raise invalid(f"parameters.{key}", f"{algorithm} has no such parameter", f"its parameters: {valid}")
         merged = {**parent.parameters, **parameters}
         policy.check(merged)
-        return self._add(parent, parameters=merged)
+        return self._add(parent, request, parameters=merged)
 
-    def learn(self, algorithm: str, *, min_outcomes: int) -> PolicyVersion:
+    def learn(self, algorithm: str, *, min_outcomes: int, request: Request | None = None) -> PolicyVersion:
         """A new version with estimates learned from all outcomes kept.
 
         Raises:
-            EsperError: UNKNOWN_ALGORITHM, INVALID_FIELD; NO_OUTCOMES when no family has enough.
+            EsperError: UNKNOWN_ALGORITHM, INVALID_FIELD, REQUEST_ID_REUSED; NO_OUTCOMES when no family has enough.
         """
+        if (known := self._answered(request)) is not None:
+            return known
         parent = self._active(algorithm)
         if min_outcomes < 1:
             raise invalid(
@@ -149,7 +160,7 @@ class PolicyRegistry:
             raise EsperError(
                 f"no family has {min_outcomes} outcomes yet: nothing to learn from", reason=Reason.NO_OUTCOMES
             )
-        return self._add(parent, estimates={**parent.estimates, **estimates})
+        return self._add(parent, request, estimates={**parent.estimates, **estimates})
 
     def _active(self, algorithm: str) -> PolicyVersion:
         if algorithm not in ALGORITHMS:
@@ -157,15 +168,27 @@ class PolicyRegistry:
             raise EsperError(f"unknown algorithm {algorithm!r}; known are {known}", reason=Reason.UNKNOWN_ALGORITHM)
         return self.get(f"policies/{algorithm}")
 
-    def _add(self, parent: PolicyVersion, **changes: Any) -> PolicyVersion:
+    def _answered(self, request: Request | None) -> PolicyVersion | None:
+        known = None if request is None else self._store.policy_of_request(request)
+        if request is None or known is None:
+            return None
+        digest, name = known
+        if digest != request.digest:
+            raise reused(request.id)
+        return self.get(name)
+
+    def _add(self, parent: PolicyVersion, request: Request | None, **changes: Any) -> PolicyVersion:
         number = self.versions(parent.algorithm)[-1].version
         made = replace(parent, parent=parent.name, create_time=datetime.now(UTC), active=False, **changes)
         while True:
             number += 1
             version = replace(made, version=number)
-            if self._keep(version):  # else the number was taken by another Tamiyo meanwhile
+            if self._keep(version, request):
                 return version
+            # Another Tamiyo answered the request meanwhile, or only took the number.
+            if (known := self._answered(request)) is not None:
+                return known
 
-    def _keep(self, version: PolicyVersion) -> bool:
-        document = version.to_document()
-        return self._store.add_policy(version.name, version.algorithm, version.version, version.active, document)
+    def _keep(self, version: PolicyVersion, request: Request | None = None) -> bool:
+        name, algorithm, number = version.name, version.algorithm, version.version
+        return self._store.add_policy(name, algorithm, number, version.active, version.to_document(), request=request)

@@ -23,7 +23,7 @@ from services.chassis.watch import WatchHub
 from services.tamiyo import wire
 from services.tamiyo.decisions import Decision, DecisionMaker
 from services.tamiyo.registry import PolicyRegistry
-from services.tamiyo.store import Store
+from services.tamiyo.store import Request, Store
 
 _T = TypeVar("_T")
 
@@ -169,7 +169,8 @@ class PolicyServicer(PolicyServiceServicer):
         """See the contract."""
         if not request.name:
             raise required("name")
-        version = await self._once("ActivatePolicy", request, self._registry.activate, request.name, etag=request.etag)
+        asked = _asked("ActivatePolicy", request)
+        version = await self._run(self._registry.activate, request.name, etag=request.etag, request=asked)
         return pb.ActivatePolicyResponse(policy=wire.write_policy(version))
 
     async def CreatePolicy(
@@ -181,14 +182,12 @@ class PolicyServicer(PolicyServiceServicer):
         match request.WhichOneof("source"):
             case "parameters":
                 parameters = wire.read_struct(request.parameters, "parameters")
-                version = await self._once(
-                    "CreatePolicy", request, self._registry.create, request.algorithm, parameters
-                )
+                asked = _asked("CreatePolicy", request)
+                version = await self._run(self._registry.create, request.algorithm, parameters, request=asked)
             case "learn_from_outcomes":
                 least = request.learn_from_outcomes.min_outcomes or 5
-                version = await self._once(
-                    "CreatePolicy", request, self._registry.learn, request.algorithm, min_outcomes=least
-                )
+                asked = _asked("CreatePolicy", request)
+                version = await self._run(self._registry.learn, request.algorithm, min_outcomes=least, request=asked)
             case _:
                 raise required("source")
         return pb.CreatePolicyResponse(policy=wire.write_policy(version))
@@ -211,6 +210,11 @@ class PolicyServicer(PolicyServiceServicer):
 def _require_request_id(request: Any) -> None:
     if not request.request_id:
         raise required("request_id")
+
+
+def _asked(method: str, request: Any) -> Request:
+    _require_request_id(request)
+    return Request(method, request.request_id, digest_of(request))
 
 
 def _outcome_document(outcome: Outcome) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -46,12 +47,30 @@ _OUTCOMES: Final = sa.Table(
     sa.Column("request_id", sa.String, nullable=False, unique=True),
     sa.Column("document", sa.Text, nullable=False),
 )
+# A table of its own: databases of before it exist, and it is made beside their tables as they are.
+_REQUESTS: Final = sa.Table(
+    "policy_requests",
+    _METADATA,
+    sa.Column("method", sa.String, primary_key=True),
+    sa.Column("request_id", sa.String, primary_key=True),
+    sa.Column("request_digest", sa.String, nullable=False),
+    sa.Column("policy", sa.String, nullable=False),
+)
 _SETTINGS: Final = sa.Table(
     "settings",
     _METADATA,
     sa.Column("key", sa.String, primary_key=True),
     sa.Column("value", sa.Text, nullable=False),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A change of the policies as its caller may repeat it: the rpc, its request id, SHA-256 of its content (hex)."""
+
+    method: str
+    id: str
+    digest: str
 
 
 def sqlite_url(folder: Path) -> str:
@@ -84,20 +103,32 @@ class Store:
         with _translated(), self._engine.begin() as connection:
             yield connection
 
-    def _insert(self, table: sa.Table, **row: object) -> bool:
-        """Insert a row in a transaction of its own; False when one with its key is there."""
+    def _write(self, *statements: sa.Insert | sa.Update) -> bool:
+        """All of it in one transaction; False, and nothing is written, when a row that is new has a key that is not."""
         with _translated():
             try:
                 with self._engine.begin() as connection:
-                    connection.execute(table.insert().values(**row))
+                    for statement in statements:
+                        connection.execute(statement)
             except sa.exc.IntegrityError:
                 return False
         return True
 
-    def add_policy(self, name: str, algorithm: str, version: int, active: bool, document: Document) -> bool:
-        """Keep a new policy version; False when a version of that name exists."""
-        text = json.dumps(document)
-        return self._insert(_POLICIES, name=name, algorithm=algorithm, version=version, active=active, document=text)
+    def add_policy(
+        self,
+        name: str,
+        algorithm: str,
+        version: int,
+        active: bool,
+        document: Document,
+        *,
+        request: Request | None = None,
+    ) -> bool:
+        """Keep a new policy version, and with it who asked; False when it exists, or the request has its answer."""
+        row = {"name": name, "algorithm": algorithm, "version": version, "active": active}
+        return self._write(
+            _POLICIES.insert().values(**row, document=json.dumps(document)), *_noted(request, policy=name)
+        )
 
     def policies(self) -> list[tuple[bool, dict[str, Any]]]:
         """(active, document) of every version, by algorithm and version."""
@@ -105,17 +136,24 @@ class Store:
         with self._begin() as connection:
             return [(bool(row.active), json.loads(row.document)) for row in connection.execute(query)]
 
-    def activate(self, name: str, algorithm: str) -> None:
-        """Make one version of the algorithm the active one, and no other."""
+    def activate(self, name: str, algorithm: str, request: Request | None = None) -> None:
+        """Make one version of the algorithm the active one, and no other; not again for one request."""
+        chosen = _POLICIES.update().where(_POLICIES.c.algorithm == algorithm).values(active=_POLICIES.c.name == name)
+        self._write(chosen, *_noted(request, policy=name))
+
+    def policy_of_request(self, request: Request) -> tuple[str, str] | None:
+        """(request digest, name of the policy) that a request of this rpc and id had for an answer, or ``None``."""
+        query = sa.select(_REQUESTS.c.request_digest, _REQUESTS.c.policy).where(
+            _REQUESTS.c.method == request.method, _REQUESTS.c.request_id == request.id
+        )
         with self._begin() as connection:
-            connection.execute(
-                _POLICIES.update().where(_POLICIES.c.algorithm == algorithm).values(active=_POLICIES.c.name == name)
-            )
+            row = connection.execute(query).first()
+        return None if row is None else (row.request_digest, row.policy)
 
     def add_decision(self, name: str, run: str, request_id: str, request_digest: str, document: Document) -> bool:
         """Keep a decision, and beyond the limit forget the oldest; False when the request has a decision already."""
         row = {"name": name, "run": run, "request_id": request_id, "request_digest": request_digest}
-        if not self._insert(_DECISIONS, **row, document=json.dumps(document)):
+        if not self._write(_DECISIONS.insert().values(**row, document=json.dumps(document))):
             return False
         newest = sa.select(sa.func.max(_DECISIONS.c.sequence)).scalar_subquery()
         with self._begin() as connection:
@@ -150,7 +188,7 @@ class Store:
 
     def add_outcome(self, request_id: str, document: Document) -> None:
         """Keep an outcome; the same request twice is one outcome."""
-        self._insert(_OUTCOMES, request_id=request_id, document=json.dumps(document))
+        self._write(_OUTCOMES.insert().values(request_id=request_id, document=json.dumps(document)))
 
     def outcomes(self) -> list[dict[str, Any]]:
         """All outcomes, oldest first."""
@@ -175,6 +213,13 @@ class Store:
             connection.execute(_SETTINGS.delete().where(_SETTINGS.c.key == key))
             if value is not None:
                 connection.execute(_SETTINGS.insert().values(key=key, value=value))
+
+
+def _noted(request: Request | None, *, policy: str) -> Iterator[sa.Insert]:
+    if request is not None:
+        yield _REQUESTS.insert().values(
+            method=request.method, request_id=request.id, request_digest=request.digest, policy=policy
+        )
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from services.chassis.errors import EsperError, Reason
 from services.tamiyo.decisions import Decision, DecisionMaker
 from services.tamiyo.registry import PolicyRegistry
-from services.tamiyo.store import Store, sqlite_url
+from services.tamiyo.store import Request, Store, sqlite_url
 from tests.infrastructure.processes import free_ports
 from tests.support.observations import observation, slot
 
+_ASKED = Request("CreatePolicy", "p", "digest")
 _SEEN = observation([slot("a", 4, 3.9), slot("b", 4)])
 
 
@@ -156,11 +157,20 @@ def test_a_version_number_that_was_taken_meanwhile_is_passed_over(store: Store, 
         """Another Tamiyo takes the number between the look and the insert."""
 
         def add_policy(
-            self, name: str, algorithm: str, version: int, active: bool, document: Mapping[str, Any]
+            self,
+            name: str,
+            algorithm: str,
+            version: int,
+            active: bool,
+            document: Mapping[str, Any],
+            *,
+            request: Request | None = None,
         ) -> bool:
             if name == "policies/random@2":
                 assert store.add_policy(name, algorithm, version, active, document)
-            return super().add_policy(name, algorithm, version, active, document)
+            if name == "policies/random@4":
+                assert store.add_policy(name, algorithm, version, active, document, request=request)
+            return super().add_policy(name, algorithm, version, active, document, request=request)
 
         def decision_of_request(self, request_id: str) -> tuple[str, dict[str, Any]] | None:
             found = super().decision_of_request(request_id)
@@ -169,11 +179,33 @@ def test_a_version_number_that_was_taken_meanwhile_is_passed_over(store: Store, 
             return found
 
     late = Late(url, decision_limit=3)
-    assert PolicyRegistry(late).create("random", {}).name == "policies/random@3"
+    assert PolicyRegistry(late).create("random", {}, request=_ASKED).name == "policies/random@3"
+    # Not only the number was taken: the other had the same request to answer.
+    twice = replace(_ASKED, id="twice")
+    assert PolicyRegistry(late).create("random", {}, request=twice).name == "policies/random@4"
+    assert [version.version for version in registry.versions("random")] == [1, 2, 3, 4]
     decision, new = decide(DecisionMaker(late, PolicyRegistry(late)), "raced")
     assert not new
     assert decide(DecisionMaker(store, registry), "raced") == (decision, False)
     late.close()
+
+
+def test_a_change_that_is_asked_for_again_was_made(store: Store, url: str) -> None:
+    registry = PolicyRegistry(store)
+    made = registry.create("random", {"concentration": 3}, request=_ASKED)
+    choice = Request("ActivatePolicy", _ASKED.id, "digest")  # of another rpc: ids of two rpcs are two
+    assert registry.activate(made.name, etag=made.etag, request=choice).active
+    registry.activate("policies/random@1")
+    reopened = Store(url, decision_limit=3)
+    later = PolicyRegistry(reopened)
+    # Neither a second version nor a second activation; and its etag is no longer asked for.
+    assert later.create("random", {"concentration": 3}, request=_ASKED) == made
+    assert later.activate(made.name, etag=made.etag, request=choice) == made
+    assert [(version.name, version.active) for version in later.versions("random")] == [
+        ("policies/random@1", True),
+        (made.name, False),
+    ]
+    reopened.close()
 
 
 def test_an_algorithm_is_named_in_full(store: Store) -> None:

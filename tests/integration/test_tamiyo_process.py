@@ -199,7 +199,8 @@ async def test_what_was_answered_survives_a_kill_and_a_drain_ends_watches(tmp_pa
             create = pb.CreatePolicyRequest(algorithm="random", request_id="c")
             create.parameters.update({"concentration": 3})
             made = (await stub.CreatePolicy(create)).policy
-            made = (await stub.ActivatePolicy(pb.ActivatePolicyRequest(name=made.name, request_id="a"))).policy
+            choose = pb.ActivatePolicyRequest(name=made.name, etag=made.etag, request_id="a")
+            made = (await stub.ActivatePolicy(choose)).policy
             await stub.ReportOutcome(pb.ReportOutcomeRequest(outcome=outcome(), request_id="o1"))
             await stub.Pause(pb.PauseRequest(reason="night", request_id="p"))
             watch = stub.WatchDecisions(pb.WatchDecisionsRequest())
@@ -215,6 +216,13 @@ async def test_what_was_answered_survives_a_kill_and_a_drain_ends_watches(tmp_pa
             assert (await refusal(stub.Decide(again))).reason is Reason.REQUEST_ID_REUSED
             assert "night" in (await stub.Decide(deciding("runs/r", "d2"))).decision.explanation
             assert (await stub.GetPolicy(pb.GetPolicyRequest(name="policies/random"))).policy == made
+            # Asked again by somebody who did not hear the answers: no second version, and no complaint of the etag.
+            assert (await stub.CreatePolicy(create)).policy == made
+            assert (await stub.ActivatePolicy(choose)).policy == made
+            create.parameters.update({"concentration": 4})
+            assert (await refusal(stub.CreatePolicy(create))).reason is Reason.REQUEST_ID_REUSED
+            listed = (await stub.ListPolicies(pb.ListPoliciesRequest(algorithm="random"))).policies
+            assert [policy.name for policy in listed] == ["policies/random@1", made.name]
             for request_id, kept in (("o1", 1), ("o2", 2)):
                 told = pb.ReportOutcomeRequest(outcome=outcome(), request_id=request_id)
                 assert (await stub.ReportOutcome(told)).outcomes == kept
