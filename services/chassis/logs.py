@@ -1,8 +1,9 @@
 """Logging of a process: JSON lines on standard error, with the ids of the call and the span they belong to.
 
-The supervisor writes a child's standard error to ``<run_dir>/logs/<service>.log``. A line has at least ``time``
-(UTC, RFC 3339), ``level``, ``service``, ``logger`` and ``message``; inside a call ``request_id`` and ``run``, inside a
-span ``trace_id`` and ``span_id``. Fields given as ``extra={"fields": {...}}`` are added as they are.
+The supervisor writes a child's standard error to ``<run_dir>/logs/<service>.log`` and bounds it
+(:mod:`services.chassis.log_files`). A line has at least ``time`` (UTC, RFC 3339), ``level``, ``service``, ``logger``
+and ``message``; inside a call ``request_id`` and ``run``, inside a span ``trace_id`` and ``span_id``. Fields given as
+``extra={"fields": {...}}`` are added as they are.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ The supervisor lives in the launcher (``train.py``), without torch, on one async
   sleeps: a child says its address, then its health is watched.
 * A service that dies is started again on the same port, after a wait that doubles from ``restart_backoff_seconds``, at
   most ``max_restarts`` times; then the run goes on without it.
+* Logs of the children are bounded (:mod:`services.chassis.log_files`).
 * Every child leads a process group of its own, which is killed with it; a pipe tells the children when the supervisor
   has died, whatever killed it (:mod:`services.chassis.process`).
 """
@@ -33,6 +34,7 @@ from services.chassis.child import Child
 from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
 from services.chassis.files import write_atomically
+from services.chassis.log_files import LogFiles
 
 #: The services of a run, and what each calls: they all start at once, and one that needs another waits for its address
 #: (:meth:`services.chassis.channel.ChannelFactory.until_known`) beside whatever else it has to make ready. They stop in
@@ -54,6 +56,9 @@ MAX_BACKOFF_SECONDS: Final = 5.0
 
 #: What a service gets beyond its drain time before it is killed, seconds.
 _STOP_MARGIN_SECONDS: Final = 3.0
+
+#: How often the lengths of the logs are looked at, seconds: nothing tells of them.
+_LOG_LOOK_SECONDS: Final = 5.0
 
 
 class State(enum.StrEnum):
@@ -162,6 +167,8 @@ class Supervisor:
         self.placement = Placement(frozenset(), frozenset())
         self._config = config.services
         self._config_file = config_file if config_file is not None else run_dir / "config.yaml"
+        logs = config.telemetry
+        self._logs = LogFiles(run_dir / "logs", max_bytes=logs.log_max_bytes, files=logs.log_files)
         self._on_event = on_event
         self._program = program
         self._settled = False
@@ -189,6 +196,7 @@ class Supervisor:
         serving), SERVICE_START_FAILED (with its last words). Leaving the ``async with`` block stops what has started.
         """
         self.placement = place(frozenset(os.sched_getaffinity(0)), job.threads if job is not None else 1)
+        self._keepers.append(asyncio.create_task(self._keep_logs()))
         if job is not None:
             self._job = asyncio.create_task(self._keep_job(job))
         # A stale one, of an earlier launch, would send the job to services that are gone.
@@ -342,6 +350,11 @@ class Supervisor:
             except EsperError:  # it has ended: the loop sees to it
                 child = self._children[name]
                 failures += 1
+
+    async def _keep_logs(self) -> None:
+        while True:
+            await asyncio.sleep(_LOG_LOOK_SECONDS)
+            await asyncio.to_thread(self._logs.rotate)  # a copy of megabytes: the loop has others to serve
 
     async def _keep_job(self, job: Job) -> int:
         command: Sequence[str] | None = job.command

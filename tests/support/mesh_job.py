@@ -1,7 +1,7 @@
 """A job for the tests of the supervisor: ``python -m tests.support.mesh_job WHAT``.
 
 It says what it does over its progress pipe. WHAT: "done" ends well, "fail" with code 7, "wait" waits for SIGTERM and
-ends with 143, "stubborn" ignores SIGTERM.
+ends with 143, "stubborn" ignores SIGTERM, "chatty" waits too and writes numbered lines to its log meanwhile.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ def main(what: str) -> int:
         return 0
     if what == "fail":
         return 7
-    while not stopped.wait(0.05):  # a signal interrupts no Event.wait for ever
-        pass
+    line = 0
+    while not stopped.wait(0.05 if what != "chatty" else 0.001):  # a signal interrupts no Event.wait for ever
+        if what == "chatty":
+            line += 1
+            sys.stderr.write(f"{line:06} {'x' * 1000}\n")
     progress.send({"what": "saved"})
     return 143
 

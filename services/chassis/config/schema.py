@@ -556,6 +556,14 @@ class TelemetryConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe records that the services and the training process log."
     )
+    log_max_bytes: int = Field(
+        default=16 * 2**20,
+        ge=2**16,
+        description="Length at which a log of the run folder is set aside as NAME.log.1 and begins anew.",
+    )
+    log_files: int = Field(
+        default=4, ge=1, le=100, description="Logs kept for each process, the one being written among them."
+    )
     event_queue_size: int = Field(
         default=4096,
         ge=16,
