@@ -295,15 +295,14 @@ class AdaptationCoordinator:
                 yield "load", self._collect(requests)
 
     def await_kernels(self, seconds: float) -> None:
-        """Wait for the kernels of germinated seeds, at most this long in all; for before the first step only."""
+        """Wait for the kernels of all seeds, at most this long in all; for before the first step: all are germinated."""
         if self._journal.replaying:
             return
         until = time.monotonic() + seconds
         for record in self.alive():
-            if record.state is SeedState.GERMINATED:
-                # What does not come in time comes at a later safe point, or is refused there.
-                with contextlib.suppress(KernelUnavailableError):
-                    self._request(record).result(max(0.0, until - time.monotonic()))
+            # What does not come in time comes at a later safe point, or is refused there.
+            with contextlib.suppress(KernelUnavailableError):
+                self._request(record).result(max(0.0, until - time.monotonic()))
 
     def _request(self, record: SeedRecord) -> KernelRequest:
         if record.seed not in self._requests:

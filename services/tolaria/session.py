@@ -136,7 +136,7 @@ class Session:
         self._progress.write(StatusProgress(state="training", message=began))
         self._keep(GROWN, trainer)
         self._done["changes"] = changes(trainer.engine)
-        self._done["growth"] = _growth_summary(trainer)
+        self._done["growth"] = _growth_summary(trainer, self._shelf)
         self._done["export"] = self._exports.network(trainer.engine)
         self._write_arms()
 
@@ -238,7 +238,7 @@ class Session:
     def _summary(self, trainer: TolariaTrainer, mesh: Mesh, status: str, reason: str) -> dict[str, Any]:
         """What scripts rely on; what was not measured is null."""
         arms = {name: self._done[name] for name in _ARMS if name in self._done}
-        growth = self._done.get("growth") or _growth_summary(trainer)
+        growth = self._done.get("growth") or _growth_summary(trainer, self._shelf)
         counts = mesh.event_counts()
         grown: dict[str, Any] = arms.get(GROWN, {})
         return {
@@ -275,14 +275,8 @@ def _budget_summary(trainer: TolariaTrainer) -> dict[str, Any]:
     return dict(zip(BUDGET, (limit.kind, limit.value, host, final), strict=True))
 
 
-def _cache_summary(trainer: TolariaTrainer) -> dict[str, Any]:
-    if trainer.shelf is None:
-        return dict.fromkeys(CACHE)
-    stats = trainer.shelf.stats()
-    return {name: getattr(stats, name) for name in CACHE}
-
-
-def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
+def _growth_summary(trainer: TolariaTrainer, shelf: KernelShelf) -> dict[str, Any]:
+    cache = shelf.stats()
     records = trainer.engine.seeds()
     ends = [record.outcome for record in records]
     culled = sum(record.flops * trainer.coordinator.trial_steps(record) for record in records)
@@ -291,7 +285,7 @@ def _growth_summary(trainer: TolariaTrainer) -> dict[str, Any]:
         "parameters": trainer.parameter_count(),
         "rollbacks": trainer.governor.rollbacks,
         "budget": _budget_summary(trainer),
-        "kernel_cache": _cache_summary(trainer),
+        "kernel_cache": {name: getattr(cache, name) for name in CACHE},
         "adaptations": {
             "started": len(records),
             "fossilized": ends.count(SeedState.FOSSILIZED),

@@ -64,8 +64,13 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     running.stop()
 
 
-def client_of(services: Services, *, incarnation: int, **growth: Any) -> MeshClient:
+def client_of(
+    services: Services, *, incarnation: int, rpc_timeout_seconds: float | None = None, **growth: Any
+) -> MeshClient:
     config = services.config.model_copy(update={"growth": services.config.growth.model_copy(update=growth)})
+    if rpc_timeout_seconds is not None:
+        patient = config.services.model_copy(update={"rpc_timeout_seconds": rpc_timeout_seconds})
+        config = config.model_copy(update={"services": patient})
     keys = signature.load_public_key(services.run_dir / "state" / "keys")
     shelf = KernelShelf(services.run_dir / "kernels", KernelCache(1 << 20), keys)
     telemetry = setup("training", config.telemetry, services.run_dir, RUN)
@@ -457,7 +462,8 @@ def test_without_urza_the_last_known_blueprints_are_used(services: Services, mes
 
 
 def test_the_end_does_not_wait_for_a_service_that_hangs(services: Services, trainer: TolariaTrainer) -> None:
-    client = client_of(services, incarnation=time.time_ns())
+    # Longer than the end waits: what is still asked for then is dropped.
+    client = client_of(services, incarnation=time.time_ns(), rpc_timeout_seconds=10 * SECONDS)
     client.start()
     assert services.supervisor is not None
     pids = [services.supervisor.services[name].pid for name in ("tamiyo", "tezzeret")]

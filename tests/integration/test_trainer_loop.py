@@ -1043,3 +1043,27 @@ def test_a_trained_host_is_extended(tmp_path: Path) -> None:
     config = harness.config.model.model_copy(update={"weights": tmp_path / "export" / "weights.safetensors"})
     again = models.build_host(config, harness.data, 5)
     assert same({k: v.clone() for k, v in again.state_dict().items()}, weights(trainer))
+
+
+def test_what_grew_before_the_first_step_grows_again_on_replay_and_nobody_is_asked(tmp_path: Path) -> None:
+    host = Harness(tmp_path / "host", config_of(training={"epochs": 1})).trainer(grow=False)
+    host.train()
+    export(host.engine, tmp_path / "export", host.config.model, host.data)
+    config = config_of(
+        model={"weights": str(tmp_path / "export" / "weights.safetensors")},
+        training={"epochs": 3},
+        growth={"evaluation": KEEP, "window": [0.0, 0.4], "decisions": 2},
+    )
+    harness = Harness(tmp_path / "grown", config, ONCE)
+    trainer = harness.trainer()
+    trainer.train()
+    assert [record.germinated_step for record in trainer.engine.seeds()] == [0, 0]
+    assert len(harness.scripted.targets) == 2
+    trainer.journal.close()
+    shutil.rmtree(tmp_path / "grown" / "checkpoints")
+    again = harness.trainer()
+    again.resume()
+    again.train()
+    assert [record.birth_step for record in again.engine.seeds()] == [r.birth_step for r in trainer.engine.seeds()]
+    assert same(weights(again), weights(trainer))
+    assert (harness.scripted.asked, harness.scripted.targets) == ([], [])

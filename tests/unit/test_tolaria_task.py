@@ -107,12 +107,7 @@ def test_a_network_grows_for_a_users_own_task(
 ) -> None:
     config = own_run(mine, data, kind)
     harness = Harness(tmp_path, config, grow_once(("0", WIDEN, 2), ("2", BRANCH, 2)))
-    assert harness.data.task is not None
-    harness.data.task.check(
-        harness.build_host(),
-        harness.data.normalization(harness.data.training.images[:40]),
-        harness.data.training.labels[:40],
-    )
+    harness.data.check_task(harness.build_host(), 40)
     trainer = harness.trainer()
     result = trainer.train()
     assert better_than < result.test_accuracy <= 100
@@ -256,6 +251,20 @@ class Plain(Good):
 def test_a_task_that_answers_nonsense_is_refused_before_training(made: object, message: str) -> None:
     with pytest.raises(FactoryError, match=rf"task\.factory m:f: {message}"):
         UserTask("m:f", made).check(nn.Linear(2, 3), torch.ones(4, 2), torch.zeros(4, 3))
+
+
+def test_a_task_is_tried_on_the_first_images_as_the_network_will_see_them(mine: str) -> None:
+    config = own_run(mine, "regression_data", "Regression")
+    data = splits.load(config.data, 1, task.load(config.task))
+    seen: list[Tensor] = []
+
+    class Watching(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(inputs)
+            return super().forward(inputs)
+
+    data.check_task(Watching(6, 2), 40)
+    assert torch.equal(seen[0], data.normalization(data.training.images[:40]))
 
 
 def test_a_good_task_passes_and_draws_nothing() -> None:
