@@ -2,8 +2,12 @@
 # Runs the tests: test.sh all | fast   (after setup.sh tests; arguments that follow go to pytest)
 #   all   lint, every test with coverage of all processes, coverage thresholds; ends with one line a part
 #   fast  the checks that take seconds and the fast tier
-# A part that fails does not hide the next; the exit code is 0 only when all of them passed.
+# A part that fails does not hide the next; the exit code is 0 only when all of them passed. Ctrl-C, TERM or HUP end all
+# that was started, at once.
 set -uo pipefail
+# Each part leads a process group of its own, so that it can be ended as a whole, and hears SIGINT, which a script's
+# background commands do not.
+set -m
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
 export PATH="$PWD/.venv/bin:$PWD/.tools/bin:$PATH"
@@ -17,18 +21,37 @@ ESPER_TEST_RUN=$$-$(date +%s%N)
 tier=${1:-all}
 shift || true
 
-verdicts=() code=0
+verdicts=() code=0 running=''
+
+# Parts are waited for in the background: bash hears no signal while a command is in the foreground.
+interrupted() {
+    trap '' INT TERM HUP
+    echo "== interrupted: everything that was started ends now" >&2
+    [ -z "$running" ] || kill -KILL -- "-$running" 2>/dev/null
+    # What has left the group (time limits, meshes, brokers) is known by its mark; one may start another meanwhile.
+    for _ in 1 2 3 4 5; do
+        "$python" .ci/leftovers.py "$ESPER_TEST_RUN" 0 >/dev/null && break
+    done
+    exit "$1"
+}
+trap 'interrupted 129' HUP
+trap 'interrupted 130' INT
+trap 'interrupted 143' TERM
+
 # part NAME COMMAND...
 part() {
     local name=$1 began=$SECONDS
     shift
     echo "== $name"
-    if "$@"; then
+    "$@" &
+    running=$!
+    if wait "$running"; then
         verdicts+=("$name: passed ($((SECONDS - began)) s)")
     else
         verdicts+=("$name: FAILED ($((SECONDS - began)) s)")
         code=1
     fi
+    running=''
 }
 
 # Well within CI's own limit, so that a hang is reported by us.

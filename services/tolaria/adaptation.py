@@ -295,7 +295,7 @@ class AdaptationCoordinator:
                 yield "load", self._collect(requests)
 
     def await_kernels(self, seconds: float) -> None:
-        """Wait for the kernels of all seeds, at most this long in all; for before the first step: all are germinated."""
+        """Wait for the kernels of all seeds, at most this long in all; only before the first step."""
         if self._journal.replaying:
             return
         until = time.monotonic() + seconds

@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 from tests.infrastructure.processes import ROOT
@@ -162,6 +164,54 @@ def test_missing_programs_fail_ci_and_are_one_line_each(tmp_path: Path) -> None:
         assert done.returncode == code
         for program in ("Java 17", "Maven", "Go 1.23", "Node 20"):
             assert len([line for line in lines if line.startswith(f"setup: {program} is missing:")]) == 1, lines
+
+
+def until(look: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not look():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+ENDLESS = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+def test_endless():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    Path("pids.new").write_text(f"{os.getpid()} {child.pid}")
+    Path("pids.new").rename("pids")
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_test_run_ends_all_that_it_started(tmp_path: Path, asked: signal.Signals, code: int) -> None:
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    for done_elsewhere in ("lint.sh", "clients.sh"):
+        (tmp_path / ".ci" / done_elsewhere).write_text("#!/bin/sh\n", encoding="utf-8")
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    (tmp_path / "test_endless.py").write_text(ENDLESS, encoding="utf-8")
+    pids = tmp_path / "pids"
+    command = ["bash", ".ci/test.sh", "all", "test_endless.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as tests:
+        try:
+            until(pids.exists)
+            tests.send_signal(asked)
+            assert tests.wait(timeout=30) == code
+        finally:
+            tests.kill()
+    # Not even those that refuse to end, nor those that have a session of their own.
+    until(lambda: all(has_ended(int(pid)) for pid in pids.read_text(encoding="utf-8").split()))
 
 
 def test_a_process_left_behind_is_named_and_ended() -> None:
