@@ -28,6 +28,9 @@ from services.kasmina.propagation import MULTIPLYING, NORMALIZING, Propagation, 
 BLENDED = frozenset({Operation.LAYER_NORM, Operation.RMS_NORM})
 """Followers whose statistics newborn channels would change at once: they come in by degrees."""
 
+READING = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+"""Modules of torch's whose forward reads the attributes of what they hold: a widened layer has them, a branch not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -141,6 +144,7 @@ class Analysis:
         sites: Layers of WIDTH slots, by module path.
         shapes: Shapes of one sample that enter and leave each module that ran once, by path.
         costs: Summands of the host's cost.
+        read: Layers whose weights the module around them reads itself, so that no branch can stand in their place.
     """
 
     slots: Mapping[str, WidthSlot]
@@ -149,6 +153,7 @@ class Analysis:
     sites: Mapping[str, Site]
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     costs: tuple[Cost, ...]
+    read: frozenset[str] = frozenset()
 
 
 # ------------------------------------------------------------------ running without a trace
@@ -156,14 +161,21 @@ class Analysis:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random streams are as before afterwards."""
+    """Evaluation mode without gradients; training flags and random streams are as before afterwards.
+
+    A stack of torch's blocks runs without its fused kernels: they take nested tensors, whose shapes no hook can read.
+    """
     flags = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    stacked = any(isinstance(module, nn.TransformerEncoder) for module, _ in flags)
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
+            torch.backends.mha.set_fastpath_enabled(fused and not stacked)
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in flags:
             module.training = training
 
@@ -333,6 +345,8 @@ def _span_slots(model: nn.Module, calls: _Calls, sites: Mapping[str, Site]) -> d
             continue
         if isinstance(module, nn.MultiheadAttention) or len(calls.inputs[path]) != 1:
             continue
+        if _within(model, path, READING):
+            continue
         inside = [site for name, site in sites.items() if name == path or name.startswith(f"{path}.")]
         if any(isinstance(inner, nn.Conv1d | nn.Conv3d) for inner in module.modules()) or any(
             part.slot in joined for site in inside for part in (*site.outputs, *site.inputs)
@@ -388,7 +402,7 @@ def with_named_layers(analysis: Analysis, patterns: Iterable[str]) -> Analysis:
     spans = dict(analysis.spans)
     for path, site in analysis.sites.items():
         name = SPAN_PREFIX + path
-        mixes = site.operation in (Operation.CONV2D, Operation.LINEAR)
+        mixes = site.operation in (Operation.CONV2D, Operation.LINEAR) and path not in analysis.read
         if mixes and name not in spans and any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
             spans[name] = SpanSlot(name, path, *analysis.shapes[path])
     return replace(analysis, spans=spans)
@@ -400,7 +414,13 @@ def _costs(
     sites: Mapping[str, Site],
     widths: Mapping[str, int],
     multiples: _Multiples,
+    *,
+    batch: int,
 ) -> tuple[Cost, ...]:
+    def size(shape: tuple[int, ...]) -> int:
+        """Entries of one sample; torch's blocks may take the positions before the samples."""
+        return math.prod(shape) // batch if inside else math.prod(shape[1:])
+
     bill = _Bill(widths)
     for flops, slots in multiples.products:
         bill.add([(Part(slot, 1),) for slot in slots], flops, 0.0)
@@ -410,10 +430,11 @@ def _costs(
         outputs = [site.outputs] if site else []
         sides = [*outputs, *([site.inputs] if site and site.inputs else [])]
         flops = 0.0
+        inside = _within(model, path, READING)
         if isinstance(module, MULTIPLYING):
-            flops = sum(2.0 * module.weight[0].numel() * math.prod(s[1:]) for s in calls.outputs[path])
+            flops = sum(2.0 * module.weight[0].numel() * size(s) for s in calls.outputs[path])
         elif isinstance(module, NORMALIZING):
-            flops = sum(2.0 * math.prod(s[1:]) for s in calls.outputs[path])
+            flops = sum(2.0 * size(s) for s in calls.outputs[path])
         bill.add([*sides, *((Part(slot, 1),) for slot in multiples.spread.get(path, ()))], flops, 0.0)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in billed:
@@ -446,9 +467,12 @@ def analyze(model: nn.Module, example: Tensor) -> Analysis:
             runs.append(Propagation(traced, unfit | refused, own))
             runs[0].run(batch)
         for path in _islands(model, calls, tuple(refused)):
-            inside, _ = _traced(model.get_submodule(path))
             reason = f"its channels leave {path} for code that cannot be traced"
-            runs.append(Propagation(cast("fx.GraphModule", inside), unfit, own, prefix=f"{path}.", leaving=reason))
+            if isinstance(model.get_submodule(path), READING):
+                runs.append(Propagation(_one_call(model, path), unfit, own, leaving=reason))
+            else:
+                inside, _ = _traced(model.get_submodule(path))
+                runs.append(Propagation(cast("fx.GraphModule", inside), unfit, own, prefix=f"{path}.", leaving=reason))
             runs[-1].run(calls.arguments[path])
     slots: dict[str, WidthSlot] = {}
     sites: dict[str, Site] = {}
@@ -460,8 +484,22 @@ def analyze(model: nn.Module, example: Tensor) -> Analysis:
         multiples.spread |= {path: _slots_of(axes, run, names) for path, axes in run.spread.items()}
     widths = {name: slot.width for name, slot in slots.items()}
     shapes = {p: (calls.inputs[p][0][1:], calls.outputs[p][0][1:]) for p in calls.inputs if calls.count[p] == 1}
-    costs = _costs(model, calls, sites, widths, multiples)
-    return Analysis(slots, _span_slots(model, calls, sites), dict(refused), sites, shapes, costs)
+    costs = _costs(model, calls, sites, widths, multiples, batch=len(batch))
+    read = frozenset(path for path in sites if _within(model, path, READING))
+    return Analysis(slots, _span_slots(model, calls, sites), dict(refused), sites, shapes, costs, read)
+
+
+def _within(model: nn.Module, path: str, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module of one of ``kinds`` holds what is at ``path``."""
+    names = path.split(".")
+    return any(isinstance(model.get_submodule(".".join(names[:end])), kinds) for end in range(len(names)))
+
+
+def _one_call(model: nn.Module, path: str) -> fx.GraphModule:
+    """A traced network that calls one module of ``model``'s and nothing else."""
+    graph = fx.Graph()
+    graph.output(graph.call_module(path, (graph.placeholder("values"),)))
+    return fx.GraphModule(model, graph)
 
 
 def _traced(model: nn.Module) -> tuple[fx.GraphModule | None, dict[str, str]]:
@@ -485,7 +523,7 @@ def _islands(model: nn.Module, calls: _Calls, opaque: Sequence[str]) -> list[str
         small = not any(True for _ in module.children())
         if not path or not within or taken or small or path not in calls.arguments or calls.count[path] != 1:
             continue
-        if not _traced(module)[1]:
+        if isinstance(module, READING) or not _traced(module)[1]:
             found.append(path)
     return found
 

@@ -37,11 +37,15 @@ NORMALIZING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.
 """Layers that are billed two FLOPs per element."""
 
 _WAYS_OUT: Mapping[type[nn.Module], str] = {
-    nn.MultiheadAttention: "it keeps its number of heads and a joint projection: write query, key, value and output as "
-    "linear layers with x.view(batch, tokens, -1, head_dim) and scaled_dot_product_attention, and heads can grow",
-    nn.TransformerEncoderLayer: "it holds a MultiheadAttention and may hand its weights to a fused kernel: write the "
-    "block with linear layers, LayerNorm and scaled_dot_product_attention, and its stream, heads and hidden layer can "
-    "grow",
+    nn.MultiheadAttention: "it divides the width of its stream by its number of heads, so that neither can change "
+    "alone, and projects query, key and value by one weight: write query, key, value and output as linear layers with "
+    "x.view(batch, tokens, -1, head_dim) and scaled_dot_product_attention, and heads can grow",
+    nn.TransformerEncoderLayer: "it holds a MultiheadAttention, which fixes the width of its stream (its feed-forward "
+    "can grow): write the block with linear layers, LayerNorm and scaled_dot_product_attention, and its stream and "
+    "heads can grow too",
+    nn.TransformerEncoder: "its layers hold a MultiheadAttention, which fixes the width of their stream (their "
+    "feed-forwards can grow): write the block with linear layers, LayerNorm and scaled_dot_product_attention, and its "
+    "stream and heads can grow too",
     nn.TransformerDecoderLayer: "it holds MultiheadAttentions: write the block with linear layers, LayerNorm and "
     "scaled_dot_product_attention",
     nn.Embedding: "a table of embeddings is not widened: put a linear layer behind it, which can grow",
@@ -307,11 +311,36 @@ class Propagation(fx.Interpreter):
     def _label_opaque(self, node: fx.Node) -> Labels:
         path, module = self.prefix + str(node.target), self.submodules[str(node.target)]
         self._pin_inputs(node, f"passes through {path}: {self.unfit.get(path) or _module_reason(type(module))}")
-        if isinstance(module, nn.MultiheadAttention) and isinstance(source := node.args[0], fx.Node):
-            # The output projection is a layer of its own, which hooks see only where no fused kernel runs.
-            tokens, features = self._shape(source)[-2:]
-            self.products.append(Product(8.0 * tokens * features**2 + 4.0 * tokens**2 * features))
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and isinstance(self.env[source], Tensor):
+            if isinstance(module, nn.MultiheadAttention):
+                self._bill_attention(module, self._shape(source))
+            for name, inner in module.named_modules(prefix=path):
+                if type(inner) is nn.TransformerEncoderLayer:
+                    self._label_encoder_layer(name, inner, self._shape(source))
         return ()
+
+    def _bill_attention(self, module: nn.MultiheadAttention, shape: tuple[int, ...]) -> None:
+        """Four projections and two products; hooks do not see them, since they are no calls of layers."""
+        tokens, features = shape[-2 if module.batch_first or len(shape) < 3 else 0], shape[-1]
+        self.products.append(Product(8.0 * tokens * features**2 + 4.0 * tokens**2 * features))
+
+    def _label_encoder_layer(self, path: str, layer: nn.TransformerEncoderLayer, shape: tuple[int, ...]) -> None:
+        """The feed-forward of torch's own block, which fx cannot look into: linear1, activation, dropout, linear2.
+
+        Its forward may read both weights and hand them to a fused kernel, which computes the same.
+        """
+        self._bill_attention(layer.self_attn, shape)
+        if type(layer.linear1) is not nn.Linear or type(layer.linear2) is not nn.Linear:
+            return
+        hidden, stream = (self.channels.new(linear.out_features) for linear in (layer.linear1, layer.linear2))
+        self._use(f"{path}.linear1", Operation.LINEAR, hidden, None, follower=False)
+        self._use(f"{path}.linear2", Operation.LINEAR, stream, hidden, follower=False)
+        self.channels.pin((stream,), "its channels join the stream of a MultiheadAttention, which fixes their number")
+        activation = layer.activation
+        name = getattr(activation, "__name__", type(activation).__name__)
+        if type(activation) not in _POINTWISE_MODULES and name not in _POINTWISE:
+            self.channels.pin((hidden,), f"passes through {name}, which is not known to treat channels one by one")
 
     def _use(
         self,

@@ -241,8 +241,9 @@ class GrownMatrix(GrownLayer):
         own = self._host().weight if row == column == HOST else self.cells[f"weight:{row}:{column}"]
         return cast("nn.Parameter", own)
 
+    @property
     def weight(self) -> Tensor:
-        """The weight with all active blocks, [outputs, inputs, ...]."""
+        """The weight with all active blocks, [outputs, inputs, ...]; torch's own modules read it as a layer's."""
         columns = self.inputs.blocks(self.off)
         strips = [
             _cat([self._part(row.name, column) for column in columns], 1) for row in self.outputs.blocks(self.off)
@@ -254,6 +255,7 @@ class GrownMatrix(GrownLayer):
         whole = column.name != HOST or not self.inputs.divided
         return cell if whole else cell.narrow(1, column.start, column.size)
 
+    @property
     def bias(self) -> Tensor | None:
         """The bias with all active blocks, [outputs]; ``None`` for a layer without."""
         own = cast("Tensor | None", self._host().bias)
@@ -338,7 +340,7 @@ class GrownConvolution(GrownMatrix):
         """[N, C, ...] to [N, C', ...], as the host's layer with all active blocks."""
         host = cast("nn.Conv2d", self.host)
         convolve = _CONVOLVE[len(host.stride)]
-        return convolve(inputs, self.weight(), self.bias(), host.stride, host.padding, host.dilation)
+        return convolve(inputs, self.weight, self.bias, host.stride, host.padding, host.dilation)
 
 
 class GrownLinear(GrownMatrix):
@@ -346,7 +348,7 @@ class GrownLinear(GrownMatrix):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., C] to [..., C'], as the host's layer with all active blocks."""
-        return F.linear(inputs, self.weight(), self.bias())
+        return F.linear(inputs, self.weight, self.bias)
 
 
 class GrownVector(GrownLayer):

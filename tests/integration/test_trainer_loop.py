@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from esper.kasmina.v1 import seed_pb2
@@ -22,7 +23,7 @@ from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SlotOccupancy
 from services.tamiyo import wire
 from services.tamiyo.observation import cost_of
-from services.tolaria import controls, models
+from services.tolaria import controls, models, rebuild
 from services.tolaria.checkpoint import CheckpointStore, State
 from services.tolaria.errors import BudgetError, CheckpointError, JournalError, TestSetTouchedError, TrainingFailedError
 from services.tolaria.export import changes, export
@@ -43,6 +44,7 @@ from tests.integration.trainer_harness import (
     same,
     weights,
 )
+from tests.support.networks import EncoderStack
 
 ONCE = grow_once(("groups.0.conv1", WIDEN, 2), ("groups.1.conv1", WIDEN, 3))
 #: Keeps whatever was measured, so that what is tested does not depend on luck with 40 images.
@@ -138,6 +140,27 @@ def test_a_seed_whose_kernel_never_comes_leaves_no_trace_in_the_weights(tmp_path
 
 
 # ---- growth ------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_torchs_own_grow_in_a_run(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        model = EncoderStack()
+        model.head = nn.Linear(8, 10)
+        return model
+
+    policy = grow_once(("encoder.layers.1.linear1", WIDEN, 2), ("last.linear1", WIDEN, 3))
+    trainer = Harness(tmp_path, keep_config(), policy).trainer(build_host=build)
+    result = trainer.train()
+    assert [record.state for record in trainer.engine.seeds()] == [SeedState.FOSSILIZED] * 2
+    assert result.test_accuracy is not None
+    widths = [trainer.model.get_parameter(f"{path}.linear1.weight").shape[0] for path in ("encoder.layers.1", "last")]
+    assert widths == [8, 8]
+    rebuilt = rebuild.grow(build(), changes(trainer.engine))
+    rebuilt.load_state_dict(weights(trainer))
+    batch = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(rebuilt.eval()(batch), trainer.model.eval()(batch))
 
 
 def test_a_plan_is_grafted_judged_and_fossilized(tmp_path: Path) -> None:

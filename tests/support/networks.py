@@ -152,3 +152,44 @@ class RootMeanSquare(nn.Module):
         stream = stream + self.fc2(F.silu(self.fc1(self.norm1(stream))))
         logits: Tensor = self.head(self.norm2(stream))
         return logits
+
+
+class EncoderStack(nn.Module):
+    """torch's own transformer blocks, called in a row; one of them in another module's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, 8, 4, stride=4)
+        layer = nn.TransformerEncoderLayer(8, 2, 6, dropout=0.0, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.last = nn.TransformerEncoderLayer(8, 2, 5, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patch(images).flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.last(self.encoder(tokens)).mean(1))
+        return logits
+
+
+class FusedProjection(nn.Module):
+    """A block as many vision transformers have it: one layer for query, key and value, taken apart by the code."""
+
+    def __init__(self, features: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.patch = nn.Conv2d(1, features, 4, stride=4)
+        self.qkv, self.proj = nn.Linear(features, 3 * features), nn.Linear(features, features)
+        self.norm1, self.norm2 = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.fc1, self.fc2 = nn.Linear(features, 12), nn.Linear(12, features)
+        self.head = nn.Linear(features, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patch(images).flatten(2).transpose(1, 2)
+        batch, count, features = tokens.shape
+        parts = self.qkv(self.norm1(tokens)).reshape(batch, count, 3, self.heads, features // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, count, features)
+        tokens = tokens + self.proj(mixed)
+        tokens = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits

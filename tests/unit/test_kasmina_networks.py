@@ -35,7 +35,17 @@ from tests.support.growth import (
     snapshot,
     worth,
 )
-from tests.support.networks import ClassToken, Dense, Grouped, RootMeanSquare, Signal, UNet, Volume
+from tests.support.networks import (
+    ClassToken,
+    Dense,
+    EncoderStack,
+    FusedProjection,
+    Grouped,
+    RootMeanSquare,
+    Signal,
+    UNet,
+    Volume,
+)
 
 
 class Transformer(hosts.VisionTransformerHost):
@@ -54,7 +64,7 @@ class Residual(hosts.ResidualHost):
 
 NETWORKS = [
     Perceptron, ResidualNet, DepthwiseNet, Transformer, Residual, ClassToken, Dense, UNet, Grouped, Signal, Volume,
-    RootMeanSquare,
+    RootMeanSquare, EncoderStack, FusedProjection,
 ]  # fmt: skip
 
 
@@ -254,7 +264,7 @@ def test_under_autocast_blended_normalizations_compute_as_torchs_own() -> None:
 
 
 def test_health_measures_streams_heads_and_concatenations() -> None:
-    for network in (Transformer, Dense, Grouped):
+    for network in (Transformer, Dense, EncoderStack, Grouped):
         model = fresh(network)
         engine = engine_for(model)
         for number, slot in enumerate([slot for slot in engine.slots() if slot.kind == "width"]):
