@@ -419,6 +419,22 @@ def test_the_best_of_several_is_what_counts() -> None:
     assert analysis.verdict(unknown) == "not measured"
 
 
+def test_there_is_no_verdict_before_all_pairs_are_there() -> None:
+    (one,) = analysis.contrasts(TINY, {"balanced": table(tamiyo=[80.0, 81.1], host=[70.0, 71.0])})
+    assert one["holds"] is True
+    many = replace(TINY, entries={"balanced": replace(ENTRY, seeds=(10, 11, 12))})
+    (one,) = analysis.contrasts(many, {"balanced": table(tamiyo=[80.0, 81.1], host=[70.0, 71.0])})
+    assert one["holds"] is None
+    assert analysis.verdict(one).endswith("no verdict: 1 pairs are missing")
+
+
+def test_primary_contrasts_are_corrected_where_there_are_more_than_two() -> None:
+    tables = {"balanced": table(tamiyo=[80.0, 81.1], host=[70.0, 71.0])}
+    two, three = (analysis.contrasts(replace(TINY, contrasts=TINY.contrasts * count), tables)[0] for count in (2, 3))
+    assert two["p_corrected"] is None
+    assert three["p_corrected"] == pytest.approx(3 * two["p"])
+
+
 def test_holm() -> None:
     assert analysis.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert analysis.holm([0.9, 0.8]) == [1.0, 1.0]

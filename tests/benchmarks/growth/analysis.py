@@ -160,16 +160,26 @@ def compare(samples: Sequence[Sequence[float]], *, margin: float | None, confide
 
 
 def contrasts(protocol: Protocol, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every contrast of the protocol. ``holds`` of the secondary ones is after Holm's correction."""
-    made = [_contrast(one, tables, protocol.confidence) for one in protocol.contrasts]
-    secondary = [one for one in made if not one["primary"] and one["p"] is not None]
-    for one, corrected in zip(secondary, holm([one["p"] for one in secondary]), strict=True):
-        one["p_corrected"] = corrected
-        one["holds"] = corrected < 1 - protocol.confidence and one["mean"] + (one["margin"] or 0.0) > 0
+    """Every contrast of the protocol, with its verdict only when all of its pairs are there.
+
+    ``holds`` is after Holm's correction of the secondary ones; of the primary ones, too, if there are more than two.
+    """
+    made = [_contrast(one, protocol, tables) for one in protocol.contrasts]
+    for primary in (True, False):
+        family = [one for one in made if one["primary"] is primary and one["p"] is not None]
+        if primary and sum(one.primary for one in protocol.contrasts) <= 2:
+            continue
+        for one, corrected in zip(family, holm([one["p"] for one in family]), strict=True):
+            one["p_corrected"] = corrected
+            one["holds"] = corrected < 1 - protocol.confidence and one["mean"] + (one["margin"] or 0.0) > 0
+    for one in made:
+        # Whoever may stop when it looks good finds what is not there.
+        if one["pairs"] < one["planned"]:
+            one["holds"] = None
     return made
 
 
-def _contrast(one: Contrast, tables: Mapping[str, Any], confidence: float) -> dict[str, Any]:
+def _contrast(one: Contrast, protocol: Protocol, tables: Mapping[str, Any]) -> dict[str, Any]:
     """Against several arms: the smallest difference, and the largest p value (an intersection-union test).
 
     The interval is that of the smallest difference, whichever arm it is to: from the lowest of the lower ends to the
@@ -180,7 +190,7 @@ def _contrast(one: Contrast, tables: Mapping[str, Any], confidence: float) -> di
     for second in one.second:
         samples = [list(differences(tables, entry, one.first, second).values()) for entry in one.entries]
         if all(samples):
-            against[second] = compare(samples, margin=one.margin, confidence=confidence)
+            against[second] = compare(samples, margin=one.margin, confidence=protocol.confidence)
             seeds = sum(len(sample) for sample in samples)
     described = {
         "name": one.name,
@@ -191,6 +201,7 @@ def _contrast(one: Contrast, tables: Mapping[str, Any], confidence: float) -> di
         "margin": one.margin,
         "aim": one.aim,
         "pairs": seeds,
+        "planned": sum(len(protocol.entries[entry].seeds) for entry in one.entries),
         "against": against,
         "p_corrected": None,
     }
@@ -259,5 +270,6 @@ def verdict(one: Mapping[str, Any]) -> str:
     text = difference(one)
     claim = "not worse by more than " + f"{one['margin']:g}" if one["margin"] is not None else "better"
     if one["holds"] is None:
-        return f"{text}; too few pairs to say"
+        missing = one["planned"] - one["pairs"]
+        return f"{text}; no verdict: " + (f"{missing} pairs are missing" if missing > 0 else "too few pairs to say")
     return f"{text}; {claim}: {'yes' if one['holds'] else 'not shown'}"

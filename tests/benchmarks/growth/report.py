@@ -20,8 +20,9 @@ _HEAD: Final = """# What growth is worth
 This page is written by `python -m tests.benchmarks.growth --report` from the JSON files in `docs/benchmarks/`; a test
 checks that it says what they say. Accuracies are in percent on the test set, mean ± standard deviation over seeds, read
 once per finished run after the protocol was committed. Contrasts are paired by seed: all arms of a seed begin with the
-same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts are corrected by Holm's
-method. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
+same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts, and
+primary ones where there are more than two, are corrected by Holm's method, and there is no verdict before all pairs are
+there. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
 """
 IN_WORDS: Final[Mapping[str, str]] = {
     "host": "the host, not grown",
