@@ -17,9 +17,9 @@ from pathlib import Path
 # First match wins: (pattern, floor, goal) in percent. What drives a run is to be covered whole.
 THRESHOLDS: tuple[tuple[str, float, float], ...] = (
     ("train.py", 98.0, 100.0),
-    ("services/tolaria/*", 94.0, 100.0),
-    ("services/chassis/supervisor*", 98.0, 100.0),
-    ("services/chassis/config/*", 98.0, 100.0),
+    ("services/tolaria/*", 98.0, 100.0),
+    ("services/chassis/supervisor*", 100.0, 100.0),
+    ("services/chassis/config/*", 99.0, 100.0),
     ("*", 87.0, 90.0),
 )
 

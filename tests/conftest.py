@@ -1,7 +1,8 @@
 """Fixtures and tiers of all tests.
 
 The fast tier is everything but `slow`, `full`, `kafka` and `postgres`. Tests of whole processes (integration, faults,
-benchmarks) are `full` unless they say `fast`; a test that asks for a broker or a database is marked by its fixture.
+benchmarks) are `full`, and have the machine to themselves, unless they say `fast` or `parallel`; the latter are `slow`.
+A test that asks for a broker or a database is marked by its fixture.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by folder and fixture, so that no tier depends on somebody's memory."""
     for item in items:
         folder = item.path.relative_to(_TESTS).parts[0]
-        if folder in _WHOLE and item.get_closest_marker("fast") is None:
+        if item.get_closest_marker("parallel") is not None:
+            item.add_marker("slow")
+        elif folder in _WHOLE and item.get_closest_marker("fast") is None:
             item.add_marker("full")
         for fixture, marker in _FIXTURES.items():
             if fixture in getattr(item, "fixturenames", ()):

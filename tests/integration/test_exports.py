@@ -28,7 +28,7 @@ from services.tolaria.progress import ProgressWriter, StatusProgress
 from services.tolaria.trainer import TolariaTrainer
 from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, HeardProgress, Policy, config_of, grow_once
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.parallel
 
 #: Keeps whatever was measured, so that what is tested does not depend on luck with few images.
 GROWTH = {

@@ -32,6 +32,8 @@ from tests.support.growth import (
     worth,
 )
 
+pytestmark = pytest.mark.parallel
+
 HOSTS = [PlainNet, ResidualNet, DepthwiseNet, Perceptron, VisionTransformer]
 
 

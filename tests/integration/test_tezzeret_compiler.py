@@ -27,7 +27,7 @@ from services.tezzeret.workers import Workers
 from tests.infrastructure.kernels import signed_kernel
 from tests.support.interfaces import SPAN, WIDTH, builtin
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(120)]
 _GIB = 2**30
 #: Half a second of work and more, so that something can happen meanwhile.
 LARGE = Interface(SPAN.kind, (256, 32, 32), (256, 32, 32))

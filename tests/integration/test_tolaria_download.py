@@ -19,6 +19,8 @@ from services.tolaria.data.cifar import CIFAR10, CifarLayout
 from services.tolaria.errors import DataCorruptError, DownloadError
 from tests.unit.test_tolaria_data import write_cifar
 
+pytestmark = pytest.mark.parallel
+
 
 class Server(http.server.ThreadingHTTPServer):
     content = b""

@@ -46,6 +46,8 @@ from tests.integration.trainer_harness import (
 )
 from tests.support.networks import EncoderStack
 
+pytestmark = pytest.mark.parallel
+
 ONCE = grow_once(("groups.0.conv1", WIDEN, 2), ("groups.1.conv1", WIDEN, 3))
 #: Keeps whatever was measured, so that what is tested does not depend on luck with 40 images.
 KEEP = {"threshold": -100.0, "min_epochs": 1}

@@ -16,6 +16,8 @@ from services.tolaria.export import export
 from services.tolaria.trainer import TolariaTrainer
 from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, config_of, grow_once, same, weights
 
+pytestmark = pytest.mark.parallel
+
 BOTH = grow_once(("groups.0.conv1", WIDEN, 2), ("span:groups.2", BRANCH, 2))
 GROWTH = {
     "evaluation": {"threshold": -100.0, "min_epochs": 1},
