@@ -43,7 +43,7 @@ part() {
     local name=$1 began=$SECONDS
     shift
     echo "== $name"
-    "$@" &
+    "$@" </dev/null & # who read the terminal from the background would be stopped
     running=$!
     if wait "$running"; then
         verdicts+=("$name: passed ($((SECONDS - began)) s)")
