@@ -365,6 +365,9 @@ def _cost_lines(summary: Mapping[str, Any]) -> list[str]:
     def share(name: str) -> str:
         return f"{flops[name] / flops['total']:.1%}"
 
+    if (summary.get("budget") or {}).get("kind") is None:  # growth was off: nothing is said of it
+        told = f"training {share('training')} (steps taken back {share('discarded')})"
+        return [f"{flops['total']:.3g} FLOPs: {told}, validation {share('validation')}"]
     culled, taken_back, measuring, judging = map(share, ("culled_seeds", "discarded", "health", "counterfactuals"))
     told = f"training {share('training')} (culled seeds {culled}, steps taken back {taken_back}), measuring {measuring}"
     return [

@@ -34,6 +34,13 @@ _COSTS: Final = {
     "total": "all",
 }
 
+_BUDGETS: Final = {
+    "flops": ("FLOPs per image", ",.0f"),
+    "parameters": ("parameters", ",.0f"),
+    "latency": ("ms per step", ",.3g"),
+}
+_BUDGET_ROWS: Final = {"host": "the host", "limit": "allowed", "final": "in the end"}
+
 
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` from what lies in ``folder``; what is missing is said to be missing.
@@ -65,6 +72,8 @@ def render(folder: Path) -> str:
         section("Seeds over time", _seed_timeline(events, metrics)),
         section("Where the FLOPs went", _costs(summary)),
         section("What became of the host", _shape(summary)),
+        section("Growth budget", _budget(summary)),
+        section("Kernel cache", _kernel_cache(summary)),
         section("Seeds", _seeds(summary), wide=True),
         section("Decisions", _decisions(decisions, summary), wide=True),
         section("Export", exports_table(summary), wide=True),
@@ -140,6 +149,40 @@ def _costs(summary: Mapping[str, Any]) -> str:
         return '<p class="none">not measured</p>'
     rows = [[words, f"{flops[name]:.4g}", f"{flops[name] / total:.2%}"] for name, words in _COSTS.items()]
     return table(["of the grown network", "FLOPs", "share"], rows, numbers=[1, 2])
+
+
+def _budget(summary: Mapping[str, Any]) -> str:
+    """What growth was allowed to make of the host's cost, and what it made of it."""
+    budget = summary.get("budget") or {}
+    if budget.get("kind") is None:
+        return '<p class="none">none: growth was off, or the run ended before it was known</p>'
+    unit, form = _BUDGETS[budget["kind"]]
+    host = budget["host"]
+    rows = [[words, format(budget[name], form), f"{budget[name] / host:.2f}"] for name, words in _BUDGET_ROWS.items()]
+    return table(["cost of the network", unit, "of the host's"], rows, numbers=[1, 2])
+
+
+def _kernel_cache(summary: Mapping[str, Any]) -> str:
+    """How kernels came to their seeds."""
+    cache = summary.get("kernel_cache") or {}
+    if cache.get("hits") is None:
+        return '<p class="none">not measured</p>'
+    rows = [
+        ["lookups that hit", number(cache["hits"], ",d")],
+        ["lookups that missed", number(cache["misses"], ",d")],
+        ["hits per lookup", number(cache["hit_ratio"], ".1%")],
+        ["kernels at hand", number(cache["entries"], ",d")],
+        ["kernels unloaded to make room", number(cache["evictions"], ",d")],
+        ["bytes at hand", number(cache["size_bytes"], ",d")],
+        ["bytes allowed", number(cache["limit_bytes"], ",d")],
+        ["to load one that is at hand, median, µs", _microseconds(cache["load_seconds"])],
+        ["to verify one, median, µs", _microseconds(cache["verify_seconds"])],
+    ]
+    return table(["kernels", ""], rows, numbers=[1])
+
+
+def _microseconds(seconds: float | None) -> str:
+    return number(None if seconds is None else seconds * 1e6, ",.1f")
 
 
 def _shape(summary: Mapping[str, Any]) -> str:

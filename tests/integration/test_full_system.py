@@ -149,5 +149,6 @@ def test_without_growth_nothing_is_asked_and_the_run_still_ends_well(tmp_path: A
         assert ended.code == 0, ended.err
         assert ended.summary["adaptations"] == {"started": 0, "fossilized": 0, "culled": 0}
         assert ended.summary["accuracy"]["host"] is None
+        assert "growth took" not in ended.err
         assert run.lines("decisions.jsonl") == []
         assert run.left_over() == []

@@ -33,6 +33,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         "changes": [{"path": "c1", "operation": "conv2d", "before_shape": [4, 1], "after_shape": [6, 1]}],
         "flops": {**flops, "counterfactuals": 1e8, "validation": 8e8, "total": 8e9},
         "growth_seconds": 0.7,
+        "budget": {"kind": "flops", "limit": 4e4, "host": 2e4, "final": 27424.0},
         "adaptations": {"started": 6, "fossilized": 5, "culled": 1},
         "report": "r.html",
         **changes,
@@ -54,6 +55,12 @@ def test_the_result_opens_with_the_verdict_and_names_the_cost_of_growth() -> Non
     assert "growth took 0.7 s of the grown network's time: measuring, counterfactuals, surgery" in lines
     assert "seeds: 6 started, 5 fossilized, 1 culled" in lines
     assert lines[-1] == "report: r.html"
+
+
+def test_a_run_without_growth_does_not_speak_of_what_growth_cost() -> None:
+    lines = result_lines(summary(budget=dict.fromkeys(("kind", "limit", "host", "final"))))
+    assert "8e+09 FLOPs: training 87.5% (steps taken back 0.0%), validation 10.0%" in lines
+    assert not [line for line in lines if "growth took" in line or "counterfactuals" in line]
 
 
 def test_no_gain_is_said_plainly() -> None:

@@ -155,6 +155,36 @@ def test_a_whole_run(folder: Path) -> None:
     assert "http" not in text, "nothing comes from elsewhere"
 
 
+def test_the_growth_budget_and_the_kernel_cache(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["budget"] = {"kind": "flops", "limit": 4000.0, "host": 2000, "final": 3400.0}
+    summary["kernel_cache"] = {
+        "hits": 12,
+        "misses": 4,
+        "hit_ratio": 0.75,
+        "evictions": 1,
+        "entries": 3,
+        "size_bytes": 16064,
+        "limit_bytes": 67108864,
+        "load_seconds": 4e-6,
+        "verify_seconds": None,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = render(folder)
+    assert "allowed</td><td class=n>4,000</td><td class=n>2.00<" in text
+    assert "in the end</td><td class=n>3,400</td><td class=n>1.70<" in text
+    assert "hits per lookup</td><td class=n>75.0%<" in text
+    assert "16,064" in text
+    assert "to load one that is at hand, median, µs</td><td class=n>4.0<" in text
+    assert "to verify one, median, µs</td><td class=n>not measured<" in text
+
+
+def test_without_growth_no_budget_is_shown(folder: Path) -> None:
+    text = render(folder)
+    assert "none: growth was off" in text
+    assert "cost of the network" not in text
+
+
 def test_a_control_that_trains_longer_does_not_stretch_the_time_of_the_seeds(tmp_path: Path) -> None:
     lines(tmp_path / "events.jsonl", transition("FOSSILIZED", 20))
     lines(tmp_path / "metrics.jsonl", epoch("grown", 3), epoch("host", 999))
