@@ -105,6 +105,11 @@ class KernelCache:
             self._load_seconds.append(time.perf_counter() - start)
             return found[0]
 
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether it is at hand; counts as no lookup."""
+        with self._lock:
+            return digest in self._kernels
+
     def unload(self, digest: bytes) -> bool:
         """Let go of a kernel; says whether it was at hand."""
         with self._lock:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 import grpc
 import grpc.aio
@@ -26,7 +26,6 @@ from services.blueprints.wire import blueprint_from_spec, interface_to_proto
 from services.chassis.errors import EsperError, Reason, from_rpc_error
 from services.chassis.events import EventSubscriber
 from services.chassis.idempotency import digest_of
-from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.ports import KernelFile, KernelTarget, KernelUnavailableError
 
 _LOG: Final = logging.getLogger(__name__)
@@ -55,6 +54,14 @@ _AWAY: Final = frozenset(
 )
 
 
+class Shelf(Protocol):
+    """Where kernels go."""
+
+    def admit(self, file: KernelFile) -> str:
+        """Verify ``file`` and keep it; returns its digest. Raises KernelUnavailableError."""
+        ...
+
+
 class KernelSource:
     """Blueprints and kernels for one run."""
 
@@ -63,7 +70,7 @@ class KernelSource:
         run: str,
         urza: grpc.aio.Channel,
         tezzeret: grpc.aio.Channel,
-        shelf: KernelShelf,
+        shelf: Shelf,
         wanted: Sequence[str] | None,
     ) -> None:
         self._run = run

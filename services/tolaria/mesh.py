@@ -1,7 +1,8 @@
-"""The services as the training thread sees them: one thread, one event loop, all grpc.aio clients of the process.
+"""All that a run says to the services and hears from them: one thread, one event loop, all grpc.aio clients.
 
-Every method of :class:`MeshClient` may be called from the training thread. None but ``decide`` and ``candidates``
-waits for the network, and those have deadlines; what cannot be told is dropped and counted, never held.
+It lives in a process of its own (:mod:`services.tolaria.mesh_process`): Python code beside the training thread would
+take turns with it. Every method of :class:`MeshClient` may be called from any thread. None but ``decide`` and
+``candidates`` waits for the network, and those have deadlines; what cannot be told is dropped and counted, never held.
 """
 
 from __future__ import annotations
@@ -35,16 +36,14 @@ from esper.tolaria.v1.training_link_service_pb2_grpc import TrainingLinkServiceS
 from esper.urza.v1 import blueprint_service_pb2, kernel_pb2
 from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from services.blueprints.spec import Blueprint
-from services.chassis import process
 from services.chassis.channel import ChannelFactory
 from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, from_rpc_error
 from services.chassis.events import EventPublisher, EventSubscriber
 from services.chassis.telemetry import Telemetry, context_from, current_traceparent
 from services.tolaria import kernels
-from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.links import GatewayLink
-from services.tolaria.observation import bare, run_name
+from services.tolaria.names import bare, run_name
 from services.tolaria.ports import (
     ADAPTATION_COMMANDS,
     Command,
@@ -52,10 +51,10 @@ from services.tolaria.ports import (
     CommandResult,
     Decision,
     EventCounts,
-    KernelRequest,
     KernelTarget,
     KernelUnavailableError,
     NoDecision,
+    PendingKernel,
     Picture,
     PlannedChange,
 )
@@ -80,26 +79,6 @@ _OUTCOME_RESULTS: Final = {
 }
 
 
-class _PendingKernel:
-    """A kernel that the mesh thread is after."""
-
-    def __init__(self, future: concurrent.futures.Future[str]) -> None:
-        self._future = future
-
-    @property
-    def done(self) -> bool:
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> str:
-        try:
-            return self._future.result(timeout)
-        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            raise KernelUnavailableError("its kernel was not there in time") from None
-
-    def cancel(self) -> None:
-        self._future.cancel()
-
-
 class MeshClient:
     """The mesh of one run (``ports.Mesh``).
 
@@ -118,7 +97,7 @@ class MeshClient:
         config: EsperConfig,
         run: str,
         run_dir: Path,
-        shelf: KernelShelf,
+        shelf: kernels.Shelf,
         telemetry: Telemetry,
         incarnation: int,
     ) -> None:
@@ -129,7 +108,7 @@ class MeshClient:
         self._telemetry = telemetry
         self._incarnation = incarnation
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name="mesh", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
         # Shared by both threads, under the lock.
         self._lock = threading.Lock()
         self._arrived = threading.Event()
@@ -148,10 +127,6 @@ class MeshClient:
         """Connect to the services, all at once and in the background. Raises EsperError (ADDRESS_UNKNOWN)."""
         self._thread.start()
         self._call(self._start()).result()
-
-    def _run_loop(self) -> None:
-        process.step_aside()
-        self._loop.run_forever()
 
     async def _start(self) -> None:
         services = self._config.services
@@ -253,9 +228,9 @@ class MeshClient:
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from error
 
-    def obtain_kernel(self, target: KernelTarget) -> KernelRequest:
+    def obtain_kernel(self, target: KernelTarget) -> PendingKernel:
         """Go after a kernel; see ``ports.Mesh``."""
-        return _PendingKernel(self._call(self._obtain(target, current_traceparent())))
+        return PendingKernel(self._call(self._obtain(target, current_traceparent())))
 
     async def _obtain(self, target: KernelTarget, cause: str | None) -> str:
         task = asyncio.current_task()
@@ -341,6 +316,11 @@ class MeshClient:
             self._waiting.clear()
             self._arrived.clear()
         return found
+
+    @property
+    def waiting(self) -> bool:
+        """Whether :meth:`commands` has something to say."""
+        return bool(self._waiting)
 
     def wait(self, timeout: float) -> None:
         """Sleep until a command may have arrived."""
@@ -430,6 +410,8 @@ class MeshClient:
             found = [command for command in self._waiting if command.command_id == command_id]
             for command in found:
                 self._waiting.remove(command)
+            if not self._waiting:
+                self._arrived.clear()
         for command in found:
             cancelled = CommandResult(command=command, step=0)
             self._send_result(cancelled, adaptation_pb2.ADAPTATION_STATE_CANCELLED)

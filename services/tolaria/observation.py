@@ -30,6 +30,7 @@ from services.kasmina.model import (
 )
 from services.tolaria.budget import Limit
 from services.tolaria.latency import LatencyModel
+from services.tolaria.names import run_name, seed_name, slot_name
 
 _OCCUPANCY = {
     SlotOccupancy.FREE: topology_pb2.SLOT_OCCUPANCY_FREE,
@@ -44,26 +45,6 @@ _BUDGET_KINDS = {
     "parameters": observation_pb2.BUDGET_KIND_PARAMETERS,
     "latency": observation_pb2.BUDGET_KIND_LATENCY,
 }
-
-
-def bare(name: str) -> str:
-    """The last part of a resource name: ``runs/r/slots/conv1`` gives ``conv1``."""
-    return name.rsplit("/", 1)[-1]
-
-
-def run_name(run: str) -> str:
-    """Resource name of a run."""
-    return f"runs/{run}"
-
-
-def slot_name(run: str, slot: str) -> str:
-    """Resource name of a slot."""
-    return f"runs/{run}/slots/{slot}"
-
-
-def seed_name(run: str, seed: str) -> str:
-    """Resource name of a seed."""
-    return f"runs/{run}/seeds/{seed}"
 
 
 def state_to_proto(state: SeedState) -> seed_pb2.SeedState.ValueType:

@@ -1,11 +1,13 @@
 """What the training loop needs from the mesh, in its own terms and the messages of the contracts. Torch-free; no gRPC.
 
 Everything here is called from the training thread and returns at once, but for :meth:`Mesh.decide`, which has a
-deadline. ``services.tolaria.mesh`` implements it over gRPC; :class:`OfflineMesh` is for runs without growth.
+deadline. ``services.tolaria.mesh`` implements it over gRPC and ``services.tolaria.mesh_link``, which is what runs have,
+with that in a process of its own; :class:`OfflineMesh` is for runs without growth.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -53,6 +55,12 @@ class Decision:
     explanation: str
     latency_ms: float
 
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Decision:
+        """The inverse of ``dataclasses.asdict``, out of another process."""
+        plan = tuple(PlannedChange(**change) for change in content["plan"])
+        return Decision(**{**content, "plan": plan, "evidence": tuple(content["evidence"])})
+
 
 @dataclass(frozen=True, slots=True)
 class NoDecision:
@@ -87,6 +95,29 @@ class KernelRequest(Protocol):
     def cancel(self) -> None:
         """Nobody needs it any more."""
         ...
+
+
+class PendingKernel:
+    """A kernel that a thread is after (``KernelRequest``): ``future`` is of its digest."""
+
+    def __init__(self, future: concurrent.futures.Future[str]) -> None:
+        self.future = future
+
+    @property
+    def done(self) -> bool:
+        """See ``KernelRequest``."""
+        return self.future.done()
+
+    def result(self, timeout: float | None = None) -> str:
+        """See ``KernelRequest``."""
+        try:
+            return self.future.result(timeout)
+        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+            raise KernelUnavailableError("its kernel was not there in time") from None
+
+    def cancel(self) -> None:
+        """See ``KernelRequest``."""
+        self.future.cancel()
 
 
 class CommandKind(StrEnum):
@@ -153,6 +184,25 @@ class KernelTarget:
     interface: Interface
     size: int
     init_seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "blueprint": self.blueprint.to_json(),
+            "interface": self.interface.to_json(),
+            "size": self.size,
+            "init_seed": self.init_seed,
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> KernelTarget:
+        """The inverse of :meth:`to_json`, out of another process."""
+        return KernelTarget(
+            Blueprint.from_json(content["blueprint"]),
+            Interface.from_json(content["interface"]),
+            content["size"],
+            content["init_seed"],
+        )
 
 
 class Mesh(Protocol):

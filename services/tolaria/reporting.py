@@ -24,6 +24,7 @@ from services.kasmina.kernel_cache import CacheStats
 from services.kasmina.model import Contribution, HealthReport, SeedRecord, SeedTransition
 from services.tolaria import observation
 from services.tolaria.journal import Clock
+from services.tolaria.names import run_name, seed_name
 from services.tolaria.ports import CommandResult, Decision, Mesh, NoDecision
 from services.tolaria.progress import (
     GROWN,
@@ -81,7 +82,7 @@ class RunReporter:
         self.lost_lines = 0
         self._transitions: dict[str, list[seed_pb2.SeedTransition]] = {}
         self._picture = run_pb2.Run(
-            name=observation.run_name(run), epochs=epochs, run_dir=str(folder), start_time=observation.now()
+            name=run_name(run), epochs=epochs, run_dir=str(folder), start_time=observation.now()
         )
 
     # ---- the course of training ------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class RunReporter:
             from_step=from_step,
             to_step=to_step,
             reason=reason,
-            seeds=[observation.seed_name(self._run, seed) for seed in seeds],
+            seeds=[seed_name(self._run, seed) for seed in seeds],
         )
         self._mesh.publish("system.events.rollback", self._run, event)
         self._event("rollback", from_step=from_step, to_step=to_step, reason=reason, seeds=list(seeds))

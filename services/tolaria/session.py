@@ -36,7 +36,7 @@ from services.tolaria.exporting import Exports
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Journal
 from services.tolaria.kernel_shelf import KernelShelf
-from services.tolaria.mesh import MeshClient
+from services.tolaria.mesh_link import MeshLink
 from services.tolaria.ports import AskingMesh, Mesh, OfflineMesh
 from services.tolaria.progress import GROWN, ProgressWriter, StatusProgress, finite
 from services.tolaria.reporting import RunReporter, contribution_json
@@ -96,12 +96,11 @@ class Session:
         Raises TrainingInterruptedError for a signal; a caller's StopRun ends in a summary with status "stopped".
         """
         incarnation = time.time_ns() // 1_000_000
-        mesh = MeshClient(
+        mesh = MeshLink(
             config=self._config,
             run=self._run,
             run_dir=self._run_dir,
             shelf=self._shelf,
-            telemetry=self._telemetry,
             incarnation=incarnation,
         )
         mesh.start()

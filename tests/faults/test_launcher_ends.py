@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.infrastructure.runs import SERVICES, SHORT, running
@@ -16,7 +18,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
     with running(tmp_path, *SHORT, "training.epochs=500") as run:
         run.until_epoch(2)
-        assert set(run.processes()) == {*SERVICES, "training"}
+        assert set(run.processes()) == {*SERVICES, "training", "mesh"}
+        # What talks to the services may die too: training does not notice, and it comes back.
+        training, killed, epochs = run.process("training").pid, run.kill("mesh"), len(run.metrics())
+        run.until(lambda: run.processes().get("mesh", psutil.Process()).pid not in (killed, os.getpid()), "its return")
+        run.until_epoch(epochs + 2)
+        assert run.process("training").pid == training
         run.signal(signal.SIGKILL)
         assert run.wait().code == -signal.SIGKILL
         deadline = time.monotonic() + 30.0

@@ -32,7 +32,7 @@ SHORT: Final = (
     "growth.evaluation.min_epochs=4",
     "compare=[]",
 )
-_NAMES: Final = {"services.tolaria.training_process": "training"}
+_NAMES: Final = {"services.tolaria.training_process": "training", "services.tolaria.mesh_process": "mesh"}
 _T = TypeVar("_T")
 _LOOK_SECONDS: Final = 0.02
 

@@ -64,7 +64,7 @@ class Eavesdropper(threading.Thread):
 
 def look_into(run: Run) -> tuple[frozenset[str], dict[str, list[int]]]:
     """Which processes of a live run have torch in memory, and who listens where."""
-    processes = {name: run.process(name) for name in (*SERVICES, "training")}
+    processes = {name: run.process(name) for name in (*SERVICES, "training", "mesh")}
     with_torch = frozenset(
         name for name, process in processes.items() if "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
     )

@@ -133,7 +133,7 @@ def test_the_story_is_on_the_bus(short_run: ShortRun) -> None:
 
 def test_only_the_training_process_has_torch_and_it_is_no_server(short_run: ShortRun) -> None:
     assert short_run.with_torch == {"training"}
-    assert short_run.listening["training"] == []
+    assert short_run.listening["training"] == short_run.listening["mesh"] == []
     for name in SERVICES:
         port = int(short_run.addresses[name].rpartition(":")[2])
         assert short_run.listening[name] == [port], f"{name} listens elsewhere too"

@@ -30,7 +30,6 @@ from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from services.blueprints import signature
 from services.chassis.config.loader import dump
 from services.chassis.events import EventSubscriber
-from services.chassis.process import BACKGROUND_CORES
 from services.chassis.telemetry import setup
 from services.kasmina.kernel_cache import KernelCache
 from services.tolaria import observation
@@ -64,6 +63,11 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     running.stop()
 
 
+def shelf_of(services: Services) -> KernelShelf:
+    keys = signature.load_public_key(services.run_dir / "state" / "keys")
+    return KernelShelf(services.run_dir / "kernels", KernelCache(1 << 20), keys)
+
+
 def client_of(
     services: Services, *, incarnation: int, rpc_timeout_seconds: float | None = None, **growth: Any
 ) -> MeshClient:
@@ -71,8 +75,7 @@ def client_of(
     if rpc_timeout_seconds is not None:
         patient = config.services.model_copy(update={"rpc_timeout_seconds": rpc_timeout_seconds})
         config = config.model_copy(update={"services": patient})
-    keys = signature.load_public_key(services.run_dir / "state" / "keys")
-    shelf = KernelShelf(services.run_dir / "kernels", KernelCache(1 << 20), keys)
+    shelf = shelf_of(services)
     telemetry = setup("training", config.telemetry, services.run_dir, RUN)
     return MeshClient(
         config=config, run=RUN, run_dir=services.run_dir, shelf=shelf, telemetry=telemetry, incarnation=incarnation
@@ -101,20 +104,6 @@ def observe(trainer: TolariaTrainer) -> Any:
 
 def target_of(trainer: TolariaTrainer, *, size: int = 1, seed: int = 1, slot: str = "groups.0.conv1") -> KernelTarget:
     return KernelTarget(WIDEN, trainer.engine.interface(slot), size, seed)
-
-
-def test_its_thread_leaves_the_cores_that_train(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = os.sched_getaffinity(0)
-    monkeypatch.setenv(BACKGROUND_CORES, str(min(cores)))
-    client = client_of(services, incarnation=time.time_ns())
-    client.start()
-    try:
-        native = client._thread.native_id
-        assert native is not None
-        assert os.sched_getaffinity(native) == {min(cores)}
-        assert os.sched_getaffinity(0) == cores
-    finally:
-        client.stop()
 
 
 # ---- asking ------------------------------------------------------------------------------------------------------
@@ -163,6 +152,7 @@ def test_a_kernel_is_compiled_once_and_resolved_after(mesh: MeshClient, trainer:
     first = mesh.obtain_kernel(target_of(trainer))
     digest = first.result(SECONDS)
     assert first.done
+    assert isinstance(mesh._shelf, KernelShelf)
     kernel = mesh._shelf.take(digest)
     assert kernel.manifest.size == 1
     assert mesh.obtain_kernel(target_of(trainer)).result(SECONDS) == digest
@@ -260,7 +250,7 @@ def test_gateways_show_the_run_and_know_it_again_after_a_kill(
     trainer._measure_health(1)
     assert trainer.health is not None
     mesh.show(observation.health_report(RUN, trainer.health, 0))
-    mesh.show(observation.cache_to_proto(mesh._shelf.stats()))
+    mesh.show(observation.cache_to_proto(shelf_of(services).stats()))
     mesh.show(seed_pb2.Seed(name=f"runs/{RUN}/seeds/seed-1", state=seed_pb2.SEED_STATE_GERMINATED))
 
     def shown() -> bool:
@@ -412,6 +402,7 @@ def test_a_command_that_is_passed_on_again_is_one_command(mesh: MeshClient) -> N
 
 def test_a_kernel_is_prefetched(services: Services, mesh: MeshClient, trainer: TolariaTrainer) -> None:
     digest = mesh.obtain_kernel(target_of(trainer, seed=77)).result(SECONDS)
+    assert isinstance(mesh._shelf, KernelShelf)
     mesh._shelf._cache.unload(bytes.fromhex(digest))
     (services.run_dir / "kernels" / f"{digest}.safetensors").unlink()
     kernel = f"blueprints/{WIDEN.id}/kernels/{digest[:32]}"

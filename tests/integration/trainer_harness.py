@@ -30,7 +30,7 @@ from services.tolaria.data.splits import DataSet
 from services.tolaria.interrupt import Interrupt
 from services.tolaria.journal import Journal
 from services.tolaria.kernel_shelf import KernelShelf
-from services.tolaria.observation import bare
+from services.tolaria.names import bare
 from services.tolaria.ports import (
     Command,
     CommandResult,
