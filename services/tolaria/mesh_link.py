@@ -84,7 +84,7 @@ class MeshLink:
 
     def __init__(self, *, config: EsperConfig, run: str, run_dir: Path, shelf: KernelShelf, incarnation: int) -> None:
         self._config = config
-        self._shelf = shelf
+        self.shelf: Final = shelf
         self._command: Final = [
             *(sys.executable, "-m", "services.tolaria.mesh_process", "--run-dir", str(run_dir)),
             *("--run", run, "--incarnation", str(incarnation), "--socket"),
@@ -92,6 +92,7 @@ class MeshLink:
         self._thread = threading.Thread(target=self._listen, name="mesh", daemon=True)
         self._numbers = itertools.count(1)
         self._stopping = threading.Event()
+        self._ready = threading.Event()
         self._arrived = threading.Event()
         self._known: Sequence[Blueprint] = ()
         # Under the lock.
@@ -116,14 +117,19 @@ class MeshLink:
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the other process; returns at once."""
+        """Start the other process, which waits for the services; returns at once."""
         self._thread.start()
+
+    def until_ready(self, timeout: float) -> bool:
+        """Wait until it has begun, at most ``timeout`` seconds; without it a first decision might come too late."""
+        return self._ready.wait(timeout)
 
     def stop(self) -> None:
         """Let it say what is still to be said, for at most a few seconds, and end it."""
         self._stopping.set()
         self._send({"do": "stop", "cause": None})
-        ends = time.monotonic() + _STOP_SECONDS
+        # One that still waits for the services has nothing to say.
+        ends = time.monotonic() + (_STOP_SECONDS if self._ready.is_set() else 0.0)
         while self._thread.is_alive() and time.monotonic() < ends:
             self._flush()
             self._thread.join(_FLUSH_SECONDS)
@@ -136,7 +142,6 @@ class MeshLink:
 
     def _listen(self) -> None:
         """Keep the other process running and hear it."""
-        process.step_aside()
         least, most = _BACKOFF_SECONDS
         pause = least
         while True:
@@ -211,6 +216,10 @@ class MeshLink:
     def _hear(self, header: Mapping[str, Any]) -> None:
         if "id" in header:
             self._answered(header["id"], header)
+        elif "ready" in header:
+            # Only now: until the services are there, the supervisor may put all our threads where they compute.
+            process.step_aside()
+            self._ready.set()
         elif "arrived" in header:
             with self._lock:
                 self._more_commands = True
@@ -220,7 +229,7 @@ class MeshLink:
                 self._take(Command.from_json(content))
         elif "kernel" in header:
             with contextlib.suppress(KernelUnavailableError):  # whoever takes it hears it
-                self._shelf.load(header["kernel"])
+                self.shelf.load(header["kernel"])
         else:
             with self._lock:
                 self._counts = EventCounts(**header["counts"])
@@ -235,7 +244,7 @@ class MeshLink:
         problem = header.get("error")
         if problem is None:
             try:
-                self._shelf.load(header["digest"])
+                self.shelf.load(header["digest"])
             except KernelUnavailableError as error:
                 problem = str(error)
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled this moment

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from esper.kasmina.v1 import kasmina_service_pb2, seed_pb2, topology_pb2  # noqa
 from esper.tamiyo.v1 import observation_pb2, outcome_pb2
 from esper.tolaria.v1 import run_pb2  # noqa: F401
 from services.blueprints.signature import load_public_key
-from services.chassis import logs, telemetry
+from services.chassis import logs, process, telemetry
 from services.chassis.config.loader import load_config
 from services.chassis.errors import EsperError
 from services.tolaria import frames
@@ -53,6 +54,7 @@ _LOG: Final = logging.getLogger(__name__)
 _CALLS: Final = 4
 #: How often the counts of events are told while nothing else happens, seconds.
 _LOOK_SECONDS: Final = 0.5
+_START_SECONDS: Final = 0.02
 
 
 class _Shelf(KernelFiles):
@@ -70,8 +72,9 @@ class _Shelf(KernelFiles):
 class MeshProcess:
     """Does what comes down the socket with a ``MeshClient``, and sends up what that has to say.
 
-    Frames down are ``{"do": name, "cause": traceparent or null, ...}``, those up are answers ``{"id": n, ...}`` and
-    ``arrived`` (commands wait; ``take`` fetches them), ``kernel`` (one was put into the run folder) and ``counts``.
+    Frames down are ``{"do": name, "cause": traceparent or null, ...}``; those up are ``ready``, answers
+    ``{"id": n, ...}``, ``arrived`` (commands wait; ``take`` fetches them), ``kernel`` (one was put into the run
+    folder) and ``counts``.
     """
 
     def __init__(self, mesh: MeshClient, end: socket.socket) -> None:
@@ -88,6 +91,7 @@ class MeshProcess:
     def serve(self) -> None:
         """Until the training process says that it is over, or is gone."""
         self._mesh.start()
+        self._send({"ready": True})
         self._listener.start()
         with self._socket.makefile("rb") as stream:
             for header, body in frames.unpack(cast("Any", stream)):
@@ -191,6 +195,16 @@ class MeshProcess:
             self._send({"counts": asdict(counts)})
 
 
+def _services_are_there(run_dir: Path, end: socket.socket) -> bool:
+    """Wait until the supervisor has written where they are; False if the training process ends before."""
+    while not (run_dir / "addresses.json").exists():
+        with contextlib.suppress(BlockingIOError):
+            if not end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return False
+        time.sleep(_START_SECONDS)
+    return True
+
+
 def _message(name: str, body: bytes) -> Message:
     kind = descriptor_pool.Default().FindMessageTypeByName(name)
     return message_factory.GetMessageClass(kind).FromString(body)
@@ -219,21 +233,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir: Path = arguments.run_dir
     config = load_config(run_dir / "config.yaml", environ={}).config
     logs.setup("training", config.telemetry.log_level)
-    tracer = telemetry.setup("training", config.telemetry, run_dir, arguments.run)
-    shelf = _Shelf(run_dir / "kernels", load_public_key((config.run.state_dir or run_dir / "state") / "keys"))
-    mesh = MeshClient(
-        config=config,
-        run=arguments.run,
-        run_dir=run_dir,
-        shelf=shelf,
-        telemetry=tracer,
-        incarnation=arguments.incarnation,
-    )
     with socket.socket(fileno=arguments.socket) as end:
-        process = MeshProcess(mesh, end)
-        shelf.tell = process.tell_kernel
+        if not _services_are_there(run_dir, end):
+            return 0
+        # Not before: until then the supervisor may move us. And before there are threads, which come with us.
+        process.step_aside()
+        tracer = telemetry.setup("training", config.telemetry, run_dir, arguments.run)
+        shelf = _Shelf(run_dir / "kernels", load_public_key((config.run.state_dir or run_dir / "state") / "keys"))
+        mesh = MeshClient(
+            config=config,
+            run=arguments.run,
+            run_dir=run_dir,
+            shelf=shelf,
+            telemetry=tracer,
+            incarnation=arguments.incarnation,
+        )
+        served = MeshProcess(mesh, end)
+        shelf.tell = served.tell_kernel
         try:
-            process.serve()
+            served.serve()
         except EsperError as error:
             _LOG.error("the services cannot be talked to: %s", error.message)
             return 1

@@ -7,7 +7,6 @@ network's test set a second time.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +18,9 @@ import torch
 import torch._dynamo
 
 from esper.tolaria.v1 import run_pb2
-from services.blueprints.signature import load_public_key
 from services.chassis.config.schema import EsperConfig
 from services.chassis.files import write_atomically
 from services.chassis.telemetry import Telemetry
-from services.kasmina.kernel_cache import KernelCache
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SeedRecord
 from services.tolaria import controls, device, models, observation, task
@@ -35,7 +32,6 @@ from services.tolaria.export import changes
 from services.tolaria.exporting import Exports
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Journal
-from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.mesh_link import MeshLink
 from services.tolaria.ports import AskingMesh, Mesh, OfflineMesh
 from services.tolaria.progress import GROWN, ProgressWriter, StatusProgress, finite
@@ -62,6 +58,7 @@ class Session:
         progress: ProgressWriter,
         interrupt: Interrupt,
         telemetry: Telemetry,
+        mesh: MeshLink,
         resume: bool,
     ) -> None:
         self._config = config
@@ -75,11 +72,8 @@ class Session:
         self._data = splits.load(config.data, config.run.seed, task.load(config.task)).to(self._device)
         # Once, so that a wrong host or task is told of before anything is started; each arm builds its own host.
         self._data.check_task(self._build_host().to(self._device), config.data.batch_size)
-        self._shelf = KernelShelf(
-            run_dir / "kernels",
-            KernelCache(config.growth.kernel_cache_bytes),
-            load_public_key((config.run.state_dir or run_dir / "state") / "keys"),
-        )
+        self._mesh = mesh
+        self._shelf = mesh.shelf
         self._exports = Exports(
             config,
             run_dir,
@@ -95,19 +89,9 @@ class Session:
 
         Raises TrainingInterruptedError for a signal; a caller's StopRun ends in a summary with status "stopped".
         """
-        incarnation = time.time_ns() // 1_000_000
-        mesh = MeshLink(
-            config=self._config,
-            run=self._run,
-            run_dir=self._run_dir,
-            shelf=self._shelf,
-            incarnation=incarnation,
-        )
-        mesh.start()
-        try:
-            return self._all_arms(mesh)
-        finally:
-            mesh.stop()
+        # It has loaded beside us: there is nothing to wait for, but on a machine that is busy with something else.
+        self._mesh.until_ready(self._config.services.startup_timeout_seconds)
+        return self._all_arms(self._mesh)
 
     def _all_arms(self, mesh: Mesh) -> dict[str, Any]:
         trainer = self._trainer(GROWN, mesh, (self._run_dir / "journal.jsonl"))

@@ -1,9 +1,9 @@
 """The process that trains: ``python -m services.tolaria.training_process --run-dir DIR [--resume | --diagnose]``.
 
-It is no server: it hosts Tolaria's trainer and Kasmina's engine in the main thread and the clients of all services in
-one other. The launcher starts it with the services, so that torch is imported while they come up. Exit codes: 0 the run
-ended as planned (or was stopped by a caller), 1 it failed for a reason that is told, 130 and 143 interrupted by SIGINT
-and SIGTERM with a checkpoint saved.
+It is no server: it hosts Tolaria's trainer and Kasmina's engine in the main thread; the clients of all services are in
+a process of its own, which it starts (:mod:`services.tolaria.mesh_process`). The launcher starts it with the services,
+so that torch is imported while they come up. Exit codes: 0 the run ended as planned (or was stopped by a caller), 1 it
+failed for a reason that is told, 130 and 143 interrupted by SIGINT and SIGTERM with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from services.blueprints.signature import load_public_key
 from services.chassis import logs, process, telemetry
 from services.chassis.config.loader import load_config
 from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError
+from services.kasmina.kernel_cache import KernelCache
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
+from services.tolaria.kernel_shelf import KernelShelf
+from services.tolaria.mesh_link import MeshLink
 from services.tolaria.progress import ProgressWriter, StatusProgress, SummaryProgress
 
 _LOG: Final = logging.getLogger(__name__)
@@ -86,19 +90,35 @@ def _train(
 ) -> dict[str, object]:
     began = time.perf_counter()
     progress.write(StatusProgress(state="starting", message="loading torch and the data"))
-    # Not before the first message: this takes seconds.
-    from services.tolaria.session import Session
-
-    loaded = time.perf_counter()
+    mesh = MeshLink(
+        config=config,
+        run=run_dir.name,
+        run_dir=run_dir,
+        shelf=KernelShelf(
+            run_dir / "kernels",
+            KernelCache(config.growth.kernel_cache_bytes),
+            load_public_key((config.run.state_dir or run_dir / "state") / "keys"),
+        ),
+        incarnation=time.time_ns() // 1_000_000,
+    )
+    # Its process loads while we load torch.
+    mesh.start()
     tracer = telemetry.setup("training", config.telemetry, run_dir, run_dir.name)
     try:
-        session = Session(config, run_dir, progress=progress, interrupt=interrupt, telemetry=tracer, resume=resume)
+        # Not before the first message: this takes seconds.
+        from services.tolaria.session import Session
+
+        loaded = time.perf_counter()
+        session = Session(
+            config, run_dir, progress=progress, interrupt=interrupt, telemetry=tracer, mesh=mesh, resume=resume
+        )
         prepared = time.perf_counter()
         wait_for_services(run_dir, config.services.startup_timeout_seconds + _MARGIN_SECONDS, interrupt)
         startup = {"torch": loaded - began, "data": prepared - loaded, "waited": time.perf_counter() - prepared}
         progress.write(StatusProgress(state="ready", message="the services are there", detail={"startup": startup}))
         return session.run()
     finally:
+        mesh.stop()
         tracer.shutdown()
 
 

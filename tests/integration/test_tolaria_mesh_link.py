@@ -115,8 +115,8 @@ def test_all_that_a_run_asks_and_tells_goes_through(
     request = link.obtain_kernel(target_of(trainer))
     digest = request.result(SECONDS)
     assert request.done
-    assert link._shelf.take(digest).manifest.size == 1
-    assert link._shelf.stats().hits == 1, "it was at hand before it was asked for"
+    assert link.shelf.take(digest).manifest.size == 1
+    assert link.shelf.stats().hits == 1, "it was at hand before it was asked for"
     with pytest.raises(KernelUnavailableError):
         link.obtain_kernel(KernelTarget(WIDEN, trainer.engine.interface("span:groups.0"), 1, 1)).result(SECONDS)
     event = events_pb2.RunStateChanged(run=NAME, state=run_pb2.RUN_STATE_TRAINING, reason="test")
@@ -134,8 +134,8 @@ def test_a_kernel_that_nobody_needs_or_that_was_changed_is_not_given(link: MeshL
     with pytest.raises(KernelUnavailableError, match="not there in time"):
         request.result(SECONDS)
     digest = link.obtain_kernel(target_of(trainer, seed=100)).result(SECONDS)
-    link._shelf._cache.unload(bytes.fromhex(digest))
-    (link._shelf._files._folder / f"{digest}.safetensors").write_bytes(b"somebody else's")
+    link.shelf._cache.unload(bytes.fromhex(digest))
+    (link.shelf._files._folder / f"{digest}.safetensors").write_bytes(b"somebody else's")
     asked = link.obtain_kernel(target_of(trainer, seed=101))
     link._answered(asked.request["id"], {"digest": digest})  # type: ignore[attr-defined]  # the link's own kind
     with pytest.raises(KernelUnavailableError, match="not in the run folder any more"):
@@ -248,9 +248,13 @@ def test_it_leaves_with_the_training_process_and_leaves_the_cores_that_train(
     link = link_of(services)
     link.start()
     process = psutil.Process(other(link))
+    assert link.until_ready(SECONDS)
     assert process.cpu_affinity() == [min(cores)]
+    assert all(os.sched_getaffinity(thread.id) == {min(cores)} for thread in process.threads())
+    native = link._thread.native_id
+    assert native is not None
+    assert os.sched_getaffinity(native) == {min(cores)}
     assert os.sched_getaffinity(0) == cores
-    until(link.candidates, "it is there")
     assert services.supervisor is not None
     pid = services.supervisor.services["tezzeret"].pid
     assert pid is not None
@@ -269,7 +273,7 @@ def test_it_leaves_with_the_training_process_and_leaves_the_cores_that_train(
     link = link_of(services)
     link.start()
     process = psutil.Process(other(link))
-    until(link.candidates, "it is there")
+    assert link.until_ready(SECONDS)
     assert link._socket is not None
     link._stopping.set()
     link._socket.shutdown(2)
@@ -277,16 +281,39 @@ def test_it_leaves_with_the_training_process_and_leaves_the_cores_that_train(
     link.stop()
 
 
-def test_without_addresses_it_is_tried_again(
+def run_folder_of(services: Services, folder: Path) -> MeshLink:
+    (folder / "config.yaml").write_text(dump(services.config))
+    keys = signature.generate_keypair(folder / "state" / "keys")
+    shelf = KernelShelf(folder / "kernels", KernelCache(1 << 20), keys.public_key)
+    return MeshLink(config=services.config, run=RUN, run_dir=folder, shelf=shelf, incarnation=1)
+
+
+def test_services_that_are_nowhere_are_looked_for_again(
     services: Services, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text(dump(services.config))
-    signature.generate_keypair(tmp_path / "state" / "keys")
-    keys = signature.load_public_key(tmp_path / "state" / "keys")
-    shelf = KernelShelf(tmp_path / "kernels", KernelCache(1 << 20), keys)
-    link = MeshLink(config=services.config, run=RUN, run_dir=tmp_path, shelf=shelf, incarnation=1)
+    link = run_folder_of(services, tmp_path)
+    (tmp_path / "addresses.json").write_text("{}")
     link.start()
     first = other(link)
     until(lambda: other(link) != first, "it is started again")
     link.stop()
     assert "the services cannot be talked to" in capfd.readouterr().err
+
+
+def test_nobody_waits_for_services_of_a_run_that_is_over(services: Services, tmp_path: Path) -> None:
+    link = run_folder_of(services, tmp_path)
+    link.start()
+    process = psutil.Process(other(link))
+    assert not link.until_ready(0.1)
+    started = time.monotonic()
+    link.stop()
+    assert time.monotonic() - started < SECONDS / 3
+    assert not process.is_running()
+    link = run_folder_of(services, tmp_path)
+    link.start()
+    process = psutil.Process(other(link))
+    assert link._socket is not None
+    link._stopping.set()
+    link._socket.shutdown(2)
+    until(lambda: not process.is_running(), "it has left")
+    link.stop()
