@@ -13,7 +13,7 @@ from services.tolaria.ports import KernelFile, KernelUnavailableError
 
 
 class KernelShelf:
-    """Thread-safe: the mesh's thread admits or loads, the training thread takes."""
+    """Thread-safe: the thread of the mesh's link loads, the training thread takes."""
 
     def __init__(self, folder: Path, cache: KernelCache, public_key: Ed25519PublicKey) -> None:
         self._files = KernelFiles(folder, public_key)

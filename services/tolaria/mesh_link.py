@@ -166,7 +166,9 @@ class MeshLink:
                 self._process, self._socket, self._sent = started, ours, 0
                 # In the order in which they came to be: commands may be waiting for what a picture tells.
                 again = [*self._pictures.values(), *(frames.pack(kernel.request) for kernel in self._kernels.values())]
-                self._backlog.extendleft((frame, False) for frame in reversed(again))
+                queued = {id(frame) for frame in again}
+                rest = [waiting for waiting in self._backlog if id(waiting[0]) not in queued]
+                self._backlog = deque([*((frame, False) for frame in again), *rest])
             self._flush()
             with ours.makefile("rb") as stream:
                 for header, _ in frames.unpack(cast("Any", stream)):
@@ -337,10 +339,18 @@ class MeshLink:
         kind = picture.DESCRIPTOR.full_name
         header = {"do": "show", "type": kind, "cause": None}
         frame = frames.pack(header, picture.SerializeToString())
+        # A run has many seeds and one of everything else.
+        name = picture.name if isinstance(picture, seed_pb2.Seed) else kind
         with self._lock:
-            # A run has many seeds and one of everything else.
-            self._pictures[picture.name if isinstance(picture, seed_pb2.Seed) else kind] = frame
-            self._backlog.append((frame, False))
+            old = self._pictures.get(name)
+            self._pictures[name] = frame
+            # In place of an older one that still waits: a process that hangs makes no heap of pictures.
+            for place, (queued, _) in enumerate(self._backlog):
+                if queued is old and (place or not self._sent):
+                    self._backlog[place] = (frame, False)
+                    break
+            else:
+                self._backlog.append((frame, False))
         self._flush()
 
     # ---- obeying ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from services.tolaria.export import changes
 from services.tolaria.exporting import Exports
 from services.tolaria.interrupt import Interrupt, TrainingInterruptedError
 from services.tolaria.journal import Journal
+from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.mesh_link import MeshLink
 from services.tolaria.ports import AskingMesh, Mesh, OfflineMesh
 from services.tolaria.progress import GROWN, ProgressWriter, StatusProgress, finite

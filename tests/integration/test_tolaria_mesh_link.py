@@ -288,6 +288,22 @@ def run_folder_of(services: Services, folder: Path) -> MeshLink:
     return MeshLink(config=services.config, run=RUN, run_dir=folder, shelf=shelf, incarnation=1)
 
 
+def test_pictures_that_nobody_takes_are_replaced_by_newer_ones(services: Services) -> None:
+    link = link_of(services)
+    for epoch in range(100):
+        link.show(run_pb2.Run(name=NAME, epochs=100, epoch=epoch, state=run_pb2.RUN_STATE_TRAINING))
+        link.show(seed_pb2.Seed(name=f"{NAME}/seeds/s", size=epoch))
+    assert len(link._backlog) == 2, "one of the run, one of its seed"
+    link.start()
+    try:
+        link.until_ready(SECONDS)
+        with grpc.insecure_channel(services.address("tolaria")) as channel:
+            ask = TrainingServiceStub(channel).GetRun
+            until(lambda: ask(training_service_pb2.GetRunRequest(name=NAME)).run.epoch == 99, "the newest picture")
+    finally:
+        link.stop()
+
+
 def test_services_that_are_nowhere_are_looked_for_again(
     services: Services, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
