@@ -316,14 +316,19 @@ def test_services_that_are_nowhere_are_looked_for_again(
     assert "the services cannot be talked to" in capfd.readouterr().err
 
 
-def test_nobody_waits_for_services_of_a_run_that_is_over(services: Services, tmp_path: Path) -> None:
+def test_nobody_waits_for_services_of_a_run_that_is_over(
+    services: Services, trainer: TolariaTrainer, tmp_path: Path
+) -> None:
     link = run_folder_of(services, tmp_path)
     link.start()
     process = psutil.Process(other(link))
     assert not link.until_ready(0.1)
+    kernel = link.obtain_kernel(target_of(trainer))
     started = time.monotonic()
     link.stop()
     assert time.monotonic() - started < SECONDS / 3
+    with pytest.raises(KernelUnavailableError, match="not there in time"):
+        kernel.result(SECONDS)
     assert not process.is_running()
     link = run_folder_of(services, tmp_path)
     link.start()
