@@ -283,7 +283,8 @@ class _Run:
         config = self._config(policy)
         telemetry = setup("training", config.telemetry, None, None)
         shelf = self.services.shelf(self.order.folder)
-        name = f"{self.order.unit.entry}-{self.order.unit.arm}-{self.order.unit.seed}"
+        # Tamiyo answers a run's request once: every run has a name of its own.
+        name = self.order.unit.name.replace(".", "-")
         with self.services.mesh(config, name, shelf, telemetry) as mesh:
             trainer = self._trainer(
                 mesh, self.entry.network.widths, config=config, grow=True, shelf=shelf, run=name, telemetry=telemetry
