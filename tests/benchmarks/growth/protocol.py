@@ -359,9 +359,9 @@ _TRAINED: Final = Entry(
 )
 #: By epochs' worth of the bigger network; what ``--tune`` chose, those of 20 being those of 10.
 _EXTEND_RATES: Final[Mapping[int, Mapping[str, float]]] = {
-    4: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
-    10: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
-    20: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
+    4: {"grown": 0.4, "trained_on": 0.2, "wide": 0.4},
+    10: {"grown": 0.4, "trained_on": 0.05, "wide": 0.4},
+    20: {"grown": 0.4, "trained_on": 0.05, "wide": 0.4},
 }
 
 
@@ -384,20 +384,32 @@ def _budget(epochs: int) -> Entry:
     )
 
 
-def _extend_tuning(entry: str, seeds: tuple[int, ...]) -> tuple[Tuning, ...]:
-    """As many tries for every arm: three rates, a factor of two apart, around what GROWTH found."""
-    low, high = (0.1, 0.2, 0.4), (0.2, 0.4, 0.8)
-    return tuple(
-        Tuning(entries=(entry,), arms=(arm,), rates=rates, seeds=seeds)
-        for arm, rates in (("grown", low), ("trained_on", low), ("from_scratch", high))
-    )
+def _extend_tuning(entry: str, seeds: tuple[int, ...], **rates: tuple[float, ...]) -> tuple[Tuning, ...]:
+    return tuple(Tuning(entries=(entry,), arms=(arm,), rates=tried, seeds=seeds) for arm, tried in rates.items())
 
 
 EXTEND: Final = Protocol(
     name="extend",
     entries={TRAINED: _TRAINED, **{str(epochs): _budget(epochs) for epochs in BUDGETS}},
     stages=((TRAINED, "4", "10"), ("20",)),
-    tuning=(*_extend_tuning("4", (0, 1)), *_extend_tuning("10", (0,))),
+    # As many tries for every arm: three rates a factor of two apart, around what GROWTH found. Where the best of them
+    # was the highest or the lowest, one more beyond it.
+    tuning=(
+        *_extend_tuning(
+            "4",
+            (0, 1),
+            grown=(0.1, 0.2, 0.4, 0.8),
+            trained_on=(0.1, 0.2, 0.4),
+            from_scratch=(0.2, 0.4, 0.8),
+        ),
+        *_extend_tuning(
+            "10",
+            (0,),
+            grown=(0.1, 0.2, 0.4, 0.8),
+            trained_on=(0.05, 0.1, 0.2, 0.4),
+            from_scratch=(0.2, 0.4, 0.8),
+        ),
+    ),
     contrasts=tuple(
         Contrast(
             name=f"{first} over {second} with {epochs} epochs",
