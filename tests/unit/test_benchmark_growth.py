@@ -488,7 +488,7 @@ def test_budgets_are_drawn_together(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "extend.json").write_text(json.dumps(result))
     _, drawings = report.pages(tmp_path)
-    assert set(drawings) == {"extend-flops.svg", "extend-latency.svg"}
+    assert set(drawings) == {"extend-flops.svg", "extend-seconds.svg"}
     drawing = drawings["extend-flops.svg"]
     assert drawing.count("<polyline") == 2, "a line for each arm"
     assert drawing.count("<circle") == 2 * 2 + 2, "two budgets of two arms and their legend"

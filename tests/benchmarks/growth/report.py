@@ -28,7 +28,8 @@ checks that it says what they say. Accuracies are in percent on the test set, me
 once per finished run after the protocol was committed. Contrasts are paired by seed: all arms of a seed begin with the
 same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts, and
 primary ones where there are more than two, are corrected by Holm's method, and there is no verdict before all pairs are
-there. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
+there. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent. CPU seconds are
+of one core beside other work: they say which arm takes longer, not how long it takes on a free machine.
 """
 IN_WORDS: Final[Mapping[str, str]] = {
     "host": "the host, not grown",
@@ -52,6 +53,7 @@ IN_WORDS: Final[Mapping[str, str]] = {
 }
 _COSTS: Final = {
     "flops": (("training_flops", "growth_flops"), "FLOPs of training and growth"),
+    "seconds": (("cpu_seconds",), "CPU seconds of training and growth"),
     "latency": (("latency_ms",), "CPU time of one training step of the final network, ms"),
 }
 
@@ -130,20 +132,24 @@ def _described(result: Mapping[str, Any], tables: Mapping[str, Any], title: Any,
     together = "budgets" in result
     if together:
         # Its tables differ in nothing but the budget: one drawing of all says more.
-        made += _drawn([table["arms"] for table in tables.values()], protocol["name"], "All budgets", drawings)
+        every = [table["arms"] for table in tables.values()]
+        made += _drawn(every, protocol["name"], "All budgets", ("flops", "seconds"), drawings)
     for name, table in tables.items():
         if not table["arms"]:
             continue
         made += [f"### {title(name)}", protocol["entries"][name]["network"]["why"], _table(table["arms"])]
         if not together:
-            made += _drawn([table["arms"]], f"{protocol['name']}-{name}", title(name), drawings)
+            made += _drawn([table["arms"]], f"{protocol['name']}-{name}", title(name), ("flops", "latency"), drawings)
     return made
 
 
-def _drawn(tables: Sequence[Mapping[str, Any]], name: str, title: str, drawings: dict[str, str]) -> list[str]:
+def _drawn(
+    tables: Sequence[Mapping[str, Any]], name: str, title: str, kinds: Sequence[str], drawings: dict[str, str]
+) -> list[str]:
     """Adds the plots of ``tables``, and says what to write on the page for them."""
     made = []
-    for kind, (cost, label) in _COSTS.items():
+    for kind in kinds:
+        cost, label = _COSTS[kind]
         found = [point for table in tables for point in plots.points(table, cost)]
         if found:
             file = f"{name}-{kind}.svg"
