@@ -32,7 +32,15 @@ from tests.benchmarks.growth.protocol import (
     Tuning,
     miniature,
 )
-from tests.benchmarks.growth.records import RUNS, OtherCodeError, Records, code_hash, open_records, same_figures
+from tests.benchmarks.growth.records import (
+    RUNS,
+    OtherCodeError,
+    Records,
+    best_records,
+    code_hash,
+    open_records,
+    same_figures,
+)
 from tests.benchmarks.growth.services import LocalServices
 from tests.infrastructure.processes import ROOT
 
@@ -341,10 +349,12 @@ def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) 
     first = opened("one", [2.0, 1.0])
     assert opened("one", [0.0]).folder == first.folder
     assert asked == ["one"], "known code is not run again"
-    assert opened("refactored", [2.0, 1.0001]).folder == first.folder
+    assert opened("refactored", [2.0, 1.009]).folder == first.folder, "rounding grows from epoch to epoch"
     assert opened("refactored", [0.0]).folder == first.folder
     with pytest.raises(OtherCodeError, match="computes something else than the code that the protocol"):
         opened("another rule", [2.0, 1.1], create=False)
+    with pytest.raises(OtherCodeError):
+        opened("another draw", [2.01, 1.0], create=False)
     assert opened("another rule", [2.0, 1.1]).folder != first.folder
     assert opened("refactored", [0.0], create=False).folder == first.folder
     assert opened("one", [0.0], tune=True).folder != first.folder
@@ -353,7 +363,12 @@ def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) 
     first.path("balanced.host.11").write_text("{")
     with pytest.raises(ValueError, match="damaged: delete it"):
         first.finished()
+    assert best_records(TINY, runs=runs_folder).folder == first.folder, "of the two that with a finished run"
+    with pytest.raises(OtherCodeError, match="no run of the protocol"):
+        best_records(replace(TINY, confidence=0.9), runs=runs_folder)
     assert not same_figures(figures, {})
+    assert same_figures(figures, {**figures, "mlp/host": figures["host"]}), "later code knows more of them"
+    assert not same_figures({**figures, "mlp/host": figures["host"]}, figures)
     assert not same_figures(figures, {"host": {**figures["host"], "batches": "b"}})
     assert len(code_hash(ROOT)) == 64
 

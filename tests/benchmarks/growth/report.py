@@ -82,11 +82,8 @@ def quoting(text: str, root: Path = ROOT) -> str:
 
 def _in_short(extend: Mapping[str, Any]) -> str:
     """Test accuracies and the two differences that matter, by budget."""
-    rows = [
-        "| extra budget, in epochs of the bigger network | grown | trained on | bigger, from scratch "
-        "| grown over trained on | grown over from scratch |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = "| extra budget, in epochs of the bigger network | grown | trained on | bigger, from scratch "
+    rows = [f"{head}| grown over trained on | grown over from scratch |", "|---|---|---|---|---|---|"]
     by_pair = {(one["first"], one["second"][0], one["entries"][0]): one for one in extend["contrasts"]}
     for budget, table in extend["budgets"].items():
         others = ("trained_on", "from_scratch")
