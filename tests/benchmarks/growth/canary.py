@@ -15,16 +15,17 @@ from tests.benchmarks.growth.protocol import Entry, Growth, Network, Protocol, R
 from tests.benchmarks.growth.services import LocalServices
 
 _CLASSES, _TRAINING, _VALIDATION = 10, 300, 100
-_RECIPE: Final = Recipe(epochs=4, batch_size=30)
 
 
-def _entry(network: Network, target: tuple[int, ...], arms: tuple[str, ...], rate: float = 0.6) -> Entry:
+def _entry(
+    network: Network, target: tuple[int, ...], arms: tuple[str, ...], rate: float = 0.6, epochs: int = 4
+) -> Entry:
     return Entry(
         network=network,
         arms=arms,
         seeds=(10,),
-        recipe=_RECIPE,
-        growth=Growth(target_widths=target, window=(0.3, 0.6), decisions=2, health_samples=300),
+        recipe=Recipe(epochs=epochs, batch_size=30),
+        growth=Growth(target_widths=target, window=(1.2 / epochs, 2.4 / epochs), decisions=2, health_samples=300),
         rates={"host": rate, "wide": 0.4, "grown": rate},
     )
 
@@ -38,7 +39,8 @@ _ENTRIES: Final = {
     ),
     "asides/": _entry(Network(widths=(3, 3, 4, 4, 4, 4, 4, 4), stem="asides"), (6, 6, 8, 8, 8, 8, 8, 8), ("tamiyo",)),
     "mlp/": _entry(Network(kind="mlp", widths=(8, 8, 8, 8), stem="none"), (16, 16, 16, 16), ("tamiyo",), 0.1),
-    "vit/": _entry(Network(kind="vit", widths=(8, 8, 8, 8), stem="none"), (16, 16, 16, 16), ("tamiyo",), 0.1),
+    # A stream takes longer than a layer until it is settled.
+    "vit/": _entry(Network(kind="vit", widths=(8, 8, 8, 8), stem="none"), (16, 16, 16, 16), ("tamiyo",), 0.1, 8),
 }
 
 
