@@ -32,7 +32,15 @@ from tests.benchmarks.growth.protocol import (
     Tuning,
     miniature,
 )
-from tests.benchmarks.growth.records import RUNS, OtherCodeError, Records, code_hash, open_records, same_figures
+from tests.benchmarks.growth.records import (
+    RUNS,
+    OtherCodeError,
+    Records,
+    best_records,
+    code_hash,
+    open_records,
+    same_figures,
+)
 from tests.benchmarks.growth.services import LocalServices
 from tests.infrastructure.processes import ROOT
 
@@ -341,19 +349,26 @@ def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) 
     first = opened("one", [2.0, 1.0])
     assert opened("one", [0.0]).folder == first.folder
     assert asked == ["one"], "known code is not run again"
-    assert opened("refactored", [2.0, 1.0001]).folder == first.folder
+    assert opened("refactored", [2.0, 1.009]).folder == first.folder, "rounding grows from epoch to epoch"
     assert opened("refactored", [0.0]).folder == first.folder
     with pytest.raises(OtherCodeError, match="computes something else than the code that the protocol"):
         opened("another rule", [2.0, 1.1], create=False)
+    with pytest.raises(OtherCodeError):
+        opened("another draw", [2.01, 1.0], create=False)
     assert opened("another rule", [2.0, 1.1]).folder != first.folder
     assert opened("refactored", [0.0], create=False).folder == first.folder
     assert opened("one", [0.0], tune=True).folder != first.folder
     first.keep("balanced.host.10", {"seed": 10})
     assert first.finished() == {"balanced.host.10": {"seed": 10}}
+    assert best_records(TINY, runs=runs_folder).folder == first.folder, "of those that with a finished run"
     first.path("balanced.host.11").write_text("{")
     with pytest.raises(ValueError, match="damaged: delete it"):
         first.finished()
+    with pytest.raises(OtherCodeError, match="no run of the protocol"):
+        best_records(replace(TINY, confidence=0.9), runs=runs_folder)
     assert not same_figures(figures, {})
+    assert same_figures(figures, {**figures, "mlp/host": figures["host"]}), "later code knows more of them"
+    assert not same_figures({**figures, "mlp/host": figures["host"]}, figures)
     assert not same_figures(figures, {"host": {**figures["host"], "batches": "b"}})
     assert len(code_hash(ROOT)) == 64
 
@@ -471,6 +486,29 @@ def test_the_page_of_the_repository_is_what_its_json_says() -> None:
         assert (ROOT / report.FOLDER / name).read_text(encoding="utf-8") == drawing
 
 
+def test_what_the_readme_and_the_guide_quote_is_what_the_json_says() -> None:
+    for name in report.QUOTING:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "| extra budget, in epochs of the bigger network | grown |" in text
+        assert report.quoting(text) == text, "run python -m tests.benchmarks.growth --report"
+        assert report.quoting(text.replace("| 4 | ", "| 4 | 9")) == text, "what is between the marks is replaced"
+    assert report.quoting("no marks") == "no marks"
+
+
+def test_budgets_are_drawn_together(tmp_path: Path) -> None:
+    tables = {name: table(grown=[81.5, 82.0], trained_on=[75.0, 75.5 + int(name)]) for name in ("4", "10")}
+    described = {"hash": "c0ffee", "commit": None, **replace(EXTEND, tuning=()).content()}
+    result = {"protocol": described, "budgets": tables, "contrasts": []}
+    folder = tmp_path / "docs" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "extend.json").write_text(json.dumps(result))
+    _, drawings = report.pages(tmp_path)
+    assert set(drawings) == {"extend-flops.svg", "extend-seconds.svg"}
+    drawing = drawings["extend-flops.svg"]
+    assert drawing.count("<polyline") == 2, "a line for each arm"
+    assert drawing.count("<circle") == 2 * 2 + 2, "two budgets of two arms and their legend"
+
+
 def test_a_page_with_figures(tmp_path: Path) -> None:
     one = Tuning(entries=("balanced",), arms=("tamiyo", "uniform"), rates=(0.3, 0.6), seeds=(0, 1))
     described = {"hash": TINY.hash, "commit": "c0ffee", **replace(TINY, tuning=(one,)).content()}
@@ -481,7 +519,7 @@ def test_a_page_with_figures(tmp_path: Path) -> None:
     (folder / "growth.json").write_text(json.dumps(result))
     page = report.write(tmp_path).read_text()
     assert "75.50 ± 0.71" in page
-    assert "| balanced: `tamiyo`, `uniform` | 0.3, 0.6 | 0, 1 | 0.6 |" in page
+    assert "| balanced: `tamiyo`, `uniform` | 0.3, 0.6 | 0, 1 | 0.6, the end of what was tried |" in page
     assert "**over host** (primary): tamiyo minus host | 2 | +6.25 points" in page
     assert "**Not complete**: 6 of the protocol's runs are missing" in page
     assert "not measured" in page

@@ -70,9 +70,7 @@ class Batches:
             lambda g: torch.randint(0, 2 * reach + 1, (2, count), generator=g), "translate", epoch, step
         )
         padded = F.pad(images, (reach, reach, reach, reach))
-        rows = shifts[0][:, None] + torch.arange(height, device=self._device)
-        columns = shifts[1][:, None] + torch.arange(width, device=self._device)
-        everyone = torch.arange(count, device=self._device)[:, None, None]
-        return (
-            padded.permute(0, 2, 3, 1)[everyone, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-        )
+        # Every window of every image as a view, of which one for each image is copied, row by row.
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        everyone = torch.arange(count, device=self._device)
+        return windows[everyone, :, shifts[0], shifts[1]].contiguous()

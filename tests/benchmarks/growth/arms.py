@@ -72,7 +72,7 @@ ARMS: Final[Mapping[str, Arm]] = {
     "trained_on": Arm(length="flops", rate="trained_on", follows="grown", trained=True),
     "from_scratch": Arm(shape="target", length="flops", rate="wide", follows="grown"),
     **{f"static_{index}": Arm(shape="listed", index=index, rate="wide") for index in range(4)},
-    **{f"probe_{layer}": Arm(shape="probe", index=layer) for layer in range(7)},
+    **{f"probe_{layer}": Arm(shape="probe", index=layer) for layer in range(8)},
 }
 
 
@@ -96,10 +96,10 @@ def units(protocol: Protocol) -> list[Unit]:
     """All final runs: stage by stage, within each seed by seed, so that what is cut short has whole seeds."""
     found: list[Unit] = []
     for stage in protocol.stages or (tuple(protocol.entries),):
-        entries = {name: protocol.entries[name] for name in stage}
-        for seed in dict.fromkeys(seed for entry in entries.values() for seed in entry.seeds):
-            for name, entry in entries.items():
-                found += [Unit(name, arm, seed) for arm in entry.arms if seed in entry.seeds]
+        parts = [(protocol.entries[name], name, arm) for name, _, arm in (part.partition("/") for part in stage)]
+        for seed in dict.fromkeys(seed for entry, _, _ in parts for seed in entry.seeds):
+            for entry, name, one in parts:
+                found += [Unit(name, arm, seed) for arm in ([one] if one else entry.arms) if seed in entry.seeds]
     return found
 
 

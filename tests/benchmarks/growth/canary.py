@@ -1,4 +1,4 @@
-"""Tiny runs, one for each kind of arm, whose losses and widths stand for what the code computes."""
+"""Tiny runs, one for each kind of arm and host, whose losses and widths stand for what the code computes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,34 @@ from tests.benchmarks.growth.arms import Unit, needs
 from tests.benchmarks.growth.protocol import Entry, Growth, Network, Protocol, Recipe
 from tests.benchmarks.growth.services import LocalServices
 
-ARMS: Final = ("host", "tamiyo", "uniform", "random", "narrowest", "permuted", "transplant", "final_equal_flops")
 _CLASSES, _TRAINING, _VALIDATION = 10, 300, 100
-#: Its own, whatever the protocols say: it stands for the code alone.
-_ENTRY: Final = Entry(
-    network=Network(widths=(8, 8, 16, 16, 24, 24)),
-    arms=ARMS,
-    seeds=(10,),
-    recipe=Recipe(epochs=4, batch_size=30),
-    growth=Growth(target_widths=(16, 16, 32, 32, 48, 48), window=(0.3, 0.6), decisions=2, health_samples=300),
-    rates={"host": 0.6, "wide": 0.4, "grown": 0.6},
-)
+
+
+def _entry(
+    network: Network, target: tuple[int, ...], arms: tuple[str, ...], rate: float = 0.6, epochs: int = 4
+) -> Entry:
+    return Entry(
+        network=network,
+        arms=arms,
+        seeds=(10,),
+        recipe=Recipe(epochs=epochs, batch_size=30),
+        growth=Growth(target_widths=target, window=(1.2 / epochs, 2.4 / epochs), decisions=2, health_samples=300),
+        rates={"host": rate, "wide": 0.4, "grown": rate},
+    )
+
+
+#: Its own, whatever the protocols say: they stand for the code alone.
+_ENTRIES: Final = {
+    "": _entry(
+        Network(widths=(8, 8, 16, 16, 24, 24)),
+        (16, 16, 32, 32, 48, 48),
+        ("host", "tamiyo", "uniform", "random", "narrowest", "permuted", "transplant", "final_equal_flops"),
+    ),
+    "asides/": _entry(Network(widths=(3, 3, 4, 4, 4, 4, 4, 4), stem="asides"), (6, 6, 8, 8, 8, 8, 8, 8), ("tamiyo",)),
+    "mlp/": _entry(Network(kind="mlp", widths=(8, 8, 8, 8), stem="none"), (16, 16, 16, 16), ("tamiyo",), 0.1),
+    # A stream takes longer than a layer until it is settled.
+    "vit/": _entry(Network(kind="vit", widths=(8, 8, 8, 8), stem="none"), (16, 16, 16, 16), ("tamiyo",), 0.1, 8),
+}
 
 
 def easy_images(seed: int = 0) -> DataSet:
@@ -42,19 +59,26 @@ def easy_images(seed: int = 0) -> DataSet:
 
 
 def figures() -> dict[str, dict[str, Any]]:
-    """Losses by epoch, widths and the first batches of :data:`ARMS`; about ten seconds."""
-    protocol = Protocol(name="canary", entries={"balanced": _ENTRY}, contrasts=())
-    entry, data = _ENTRY, easy_images()
-    done: dict[str, dict[str, Any]] = {}
+    """Losses by epoch, widths and the first batches of every arm of every entry; about fifteen seconds."""
+    made: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="esper-canary-") as name:
-        for arm in ARMS:
-            unit, folder = Unit("balanced", arm, entry.seeds[0]), Path(name) / arm
-            folder.mkdir()
-            # All of one seed: for what a transplant does, whose plan it is does not matter.
-            given = {role: done[need.arm] for role, need in needs(protocol, unit).items()}
-            order = training.Order(entry=entry, unit=unit, given=given, folder=folder)
-            done[arm] = training.run(order, data, LocalServices(folder))
-    return {
-        arm: {"losses": record["train_losses"], "widths": record["widths"], "batches": record["batches"][0]}
-        for arm, record in done.items()
-    }
+        for prefix, entry in _ENTRIES.items():
+            protocol = Protocol(name="canary", entries={"balanced": entry}, contrasts=())
+            done: dict[str, dict[str, Any]] = {}
+            for arm in entry.arms:
+                folder = Path(name) / prefix / arm
+                folder.mkdir(parents=True)
+                unit = Unit("balanced", arm, entry.seeds[0])
+                # All of one seed: for what a transplant does, whose plan it is does not matter.
+                given = {role: done[need.arm] for role, need in needs(protocol, unit).items()}
+                order = training.Order(entry=entry, unit=unit, given=given, folder=folder)
+                done[arm] = training.run(order, easy_images(), LocalServices(folder))
+            made |= {
+                f"{prefix}{arm}": {
+                    "losses": record["train_losses"],
+                    "widths": record["widths"],
+                    "batches": record["batches"][0],
+                }
+                for arm, record in done.items()
+            }
+    return made

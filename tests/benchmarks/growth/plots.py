@@ -11,6 +11,8 @@ from typing import Any, Final
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 170, 20, 50
+#: Of the axis of costs, to both sides of its middle, as a share of the highest cost.
+_LEAST_REACH: Final = 0.1
 _COLORS: Final = ("#1f6f8b", "#c8553d", "#588157", "#7d5ba6", "#b08900", "#444444")
 
 
@@ -42,10 +44,12 @@ def points(arms: Mapping[str, Any], cost: Sequence[str]) -> list[Point]:
 
 
 def scatter(found: Sequence[Point], *, title: str, x_label: str) -> str:
-    """An SVG document; needs one point or more."""
+    """An SVG document; needs one point or more. Points of one name have one color, and a line joins them."""
     xs = [point.x for point in found]
     ys = [y for point in found for y in (point.y - point.spread, point.y + point.spread)]
-    x_axis = _axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
+    # Costs that are equal up to a step are drawn so.
+    middle, reach = (min(xs) + max(xs)) / 2, max((max(xs) - min(xs)) / 2, _LEAST_REACH * max(xs))
+    x_axis = _axis(middle - reach, middle + reach, _LEFT, _WIDTH - _RIGHT)
     y_axis = _axis(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
@@ -63,16 +67,24 @@ def scatter(found: Sequence[Point], *, title: str, x_label: str) -> str:
     ]
     parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text x="{_LEFT}" y="{_TOP - 6}">test accuracy, % (bars: standard deviation over seeds)</text>')
-    for index, point in enumerate(found):
-        color, x, y = _COLORS[index % len(_COLORS)], x_axis.at(point.x), y_axis.at(point.y)
-        low, high = y_axis.at(point.y - point.spread), y_axis.at(point.y + point.spread)
+    for index, name in enumerate(dict.fromkeys(point.name for point in found)):
+        color = _COLORS[index % len(_COLORS)]
         hollow = "#ffffff" if index >= len(_COLORS) else color
         legend = _TOP + 14 + 20 * index
+        own = sorted((point for point in found if point.name == name), key=lambda point: point.x)
+        way = " ".join(f"{x_axis.at(point.x):.1f},{y_axis.at(point.y):.1f}" for point in own)
+        if len(own) > 1:
+            parts.append(f'<polyline points="{way}" fill="none" stroke="{color}" stroke-opacity="0.5"/>')
+        for point in own:
+            x, y = x_axis.at(point.x), y_axis.at(point.y)
+            low, high = y_axis.at(point.y - point.spread), y_axis.at(point.y + point.spread)
+            parts += [
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{color}"/>',
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{hollow}" stroke="{color}"/>',
+            ]
         parts += [
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{color}"/>',
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{hollow}" stroke="{color}"/>',
             f'<circle cx="{right + 16}" cy="{legend - 4}" r="4" fill="{hollow}" stroke="{color}"/>',
-            f'<text x="{right + 26}" y="{legend}">{escape(point.name)}</text>',
+            f'<text x="{right + 26}" y="{legend}">{escape(name)}</text>',
         ]
     return "\n".join([*parts, "</g></svg>", ""])
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
-Stem = Literal["whitening", "aside", "patches", "none"]
+Stem = Literal["whitening", "aside", "asides", "none"]
 #: The six hosts that the primary contrast averages over.
 SIX: Final = ("balanced", "starved_early", "starved_middle", "starved_late", "narrow_not_needy", "wide_but_needy")
 FIXED_RULES: Final = ("uniform", "random", "narrowest", "permuted")
@@ -124,8 +124,8 @@ class Protocol:
     #: By which share FLOPs may differ between arms that are to spend alike, growth's own among them. Rules that plan
     #: under one budget differ by whole channels, and by how many seeds there are to judge.
     tolerance: float = 0.03
-    #: Entries whose runs are made together, seed by seed, so that a run that is cut short has whole seeds of the first
-    #: stages; empty: one stage of all.
+    #: Entries (or ``entry/arm``, a part of one) whose runs are made together, seed by seed, so that a run that is cut
+    #: short has whole seeds of the first stages; empty: one stage of all.
     stages: tuple[tuple[str, ...], ...] = ()
     #: What was tuned, and so how often each arm was tried; an entry's ``rates`` are what it chose.
     tuning: tuple[Tuning, ...] = ()
@@ -185,33 +185,60 @@ _TWELVE: Final = tuple(range(10, 22))
 _SIX_SEEDS: Final = tuple(range(10, 16))
 
 
+#: Two in three of the epochs of the other entries, and decisions after the first three of them, too.
+_SHORTER: Final = Recipe(epochs=12)
+_EARLY: Final = (0.08, 0.25)
+#: What tuning chose on the balanced host, for all convolutional networks of this data set.
+_RATES: Final[Mapping[str, float]] = {"host": 0.6, "wide": 0.4, "grown": 0.4}
+
+
 def _host(
     why: str, widths: tuple[int, ...], stem: Stem = "whitening", target: tuple[int, ...] = (16, 16, 32, 32, 48, 48)
 ) -> Entry:
-    network = Network(widths=widths, stem=stem, why=why)
-    return Entry(network=network, arms=_RULES, seeds=_SIX_SEEDS, growth=Growth(target_widths=target))
+    return Entry(
+        network=Network(widths=widths, stem=stem, why=why),
+        arms=_RULES,
+        seeds=_SIX_SEEDS,
+        recipe=_SHORTER,
+        growth=Growth(target_widths=target, window=_EARLY),
+        rates=_RATES,
+    )
+
+
+def _of(entry: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{entry}/{name}" for name in names)
 
 
 GROWTH: Final = Protocol(
     name="growth",
-    stages=(SIX, ("small", "mlp", "vit", "digits")),
+    # What answers most first: what growth is worth at all, which rule is best, then the rest.
+    stages=(
+        _of("balanced", "tamiyo", "host", "host_equal_flops", "final_equal_flops", "uniform"),
+        (*_of("balanced", "random", "narrowest", "permuted"), *SIX[1:]),
+        _of("balanced", "sweep"),
+        ("small",),
+        ("mlp", "vit", "digits"),
+        _of("balanced", "final_equal_epochs", "final_equal_time", "transplant", "off"),
+    ),
+    # The same three rates for the arms of the first primary contrast; seed by seed of every arm as often.
     tuning=(
+        Tuning(entries=("balanced",), arms=("host",), rates=(0.3, 0.6, 1.2), seeds=(0,)),
+        Tuning(entries=("balanced",), arms=("tamiyo",), rates=(0.2, 0.4, 0.8), seeds=(0,)),
+        Tuning(entries=("balanced",), arms=("final_equal_flops",), rates=(0.2, 0.4, 0.8), seeds=(0,)),
         *(
-            Tuning(entries=("balanced",), arms=arms, rates=(0.3, 0.6, 1.2), seeds=(0, 1))
-            for arms in (("host",), ("tamiyo", "uniform"), ("final_equal_flops",))
-        ),
-        *(
-            Tuning(entries=(entry,), arms=arms, rates=rates, seeds=(0, 1))
+            Tuning(entries=(entry,), arms=(arm,), rates=rates, seeds=(0,))
             for entry, rates in (("mlp", (0.05, 0.1, 0.2)), ("vit", (0.05, 0.1, 0.2)), ("digits", (0.3, 0.6, 1.2)))
-            for arms in (("host",), ("tamiyo", "uniform"))
+            for arm in ("host", "tamiyo")
         ),
     ),
-    probed=("balanced", "narrow_not_needy", "wide_but_needy"),
+    probed=("narrow_not_needy", "wide_but_needy"),
+    probe_seeds=(0,),
     entries={
         "balanced": Entry(
             network=Network(why="no layer is shorter of width than another: the hardest host for any rule to gain on"),
             arms=_ALL,
             seeds=_TWELVE,
+            rates=_RATES,
             # Near the budget in forward FLOPs: uniform, flat, steep, and the middle wide.
             sweep=(
                 (16, 16, 32, 32, 48, 48),
@@ -224,24 +251,25 @@ GROWTH: Final = Protocol(
         "starved_middle": _host("the third convolution is a bottleneck of width", (8, 8, 4, 16, 24, 24)),
         "starved_late": _host("the fifth convolution is a bottleneck of width", (8, 8, 16, 16, 6, 24)),
         "narrow_not_needy": _host(
-            "width misleads: the narrowest layer is one beside the first convolution, and its many inputs are all the "
-            "same, the brightness of the whole image",
+            "width misleads: the narrowest layer is one beside the first convolution, costs as much for each channel, "
+            "and its many inputs are all the same, the brightness of the whole image",
             (4, 8, 8, 16, 16, 24, 24),
             "aside",
-            (4, 16, 16, 32, 32, 48, 48),
+            (8, 16, 16, 32, 32, 48, 48),
         ),
         "wide_but_needy": _host(
-            "width misleads: the first convolution is the widest, but it alone has to take in 48 whitened dimensions "
-            "of every 4x4 patch, which those behind it no longer see",
-            (16, 14, 14, 14, 14, 14),
-            "patches",
-            (36, 32, 32, 32, 32, 32),
+            "width misleads: the six layers of the chain are twice as wide as the two beside the first of them, and "
+            "in need; those two see the brightness of the whole image and nothing else",
+            (6, 6, 12, 12, 12, 12, 12, 12),
+            "asides",
+            (12, 12, 24, 24, 24, 24, 24, 24),
         ),
         "small": Entry(
             network=Network(why="the record for a grown net of at most 62.7k parameters (84.1 % after 300 epochs)"),
             arms=("host", "tamiyo", "uniform", "final_equal_epochs", *_STATIC),
             seeds=_SIX_SEEDS,
             recipe=Recipe(epochs=30),
+            rates=_RATES,
             growth=Growth(target_parameters=62_700),
             # 57k to 62k parameters: all by one factor, that of GROWTH (84.2 %), and two with more of them in front.
             sweep=(
@@ -359,9 +387,9 @@ _TRAINED: Final = Entry(
 )
 #: By epochs' worth of the bigger network; what ``--tune`` chose, those of 20 being those of 10.
 _EXTEND_RATES: Final[Mapping[int, Mapping[str, float]]] = {
-    4: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
-    10: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
-    20: {"grown": 0.2, "trained_on": 0.2, "wide": 0.4},
+    4: {"grown": 0.4, "trained_on": 0.2, "wide": 0.4},
+    10: {"grown": 0.4, "trained_on": 0.05, "wide": 0.4},
+    20: {"grown": 0.4, "trained_on": 0.05, "wide": 0.4},
 }
 
 
@@ -384,20 +412,32 @@ def _budget(epochs: int) -> Entry:
     )
 
 
-def _extend_tuning(entry: str, seeds: tuple[int, ...]) -> tuple[Tuning, ...]:
-    """As many tries for every arm: three rates, a factor of two apart, around what GROWTH found."""
-    low, high = (0.1, 0.2, 0.4), (0.2, 0.4, 0.8)
-    return tuple(
-        Tuning(entries=(entry,), arms=(arm,), rates=rates, seeds=seeds)
-        for arm, rates in (("grown", low), ("trained_on", low), ("from_scratch", high))
-    )
+def _extend_tuning(entry: str, seeds: tuple[int, ...], **rates: tuple[float, ...]) -> tuple[Tuning, ...]:
+    return tuple(Tuning(entries=(entry,), arms=(arm,), rates=tried, seeds=seeds) for arm, tried in rates.items())
 
 
 EXTEND: Final = Protocol(
     name="extend",
     entries={TRAINED: _TRAINED, **{str(epochs): _budget(epochs) for epochs in BUDGETS}},
     stages=((TRAINED, "4", "10"), ("20",)),
-    tuning=(*_extend_tuning("4", (0, 1)), *_extend_tuning("10", (0,))),
+    # As many tries for every arm: three rates a factor of two apart, around what GROWTH found. Where the best of them
+    # was the highest or the lowest, one more beyond it.
+    tuning=(
+        *_extend_tuning(
+            "4",
+            (0, 1),
+            grown=(0.1, 0.2, 0.4, 0.8),
+            trained_on=(0.1, 0.2, 0.4),
+            from_scratch=(0.2, 0.4, 0.8),
+        ),
+        *_extend_tuning(
+            "10",
+            (0,),
+            grown=(0.1, 0.2, 0.4, 0.8),
+            trained_on=(0.05, 0.1, 0.2, 0.4),
+            from_scratch=(0.2, 0.4, 0.8),
+        ),
+    ),
     contrasts=tuple(
         Contrast(
             name=f"{first} over {second} with {epochs} epochs",

@@ -3,10 +3,11 @@
 ``docs/benchmarks/runs/<experiment>/<protocol>/<code>/<entry>.<arm>.<seed>.json``; ``<protocol>`` is the protocol's hash
 and ``<code>`` that of the files that can change what a run computes (:data:`CODE`), when the folder was made, which for
 final runs is when the protocol was fixed. Code that changed since may go on in the same folder if it still computes the
-same: a fixed set of tiny runs, one for each kind of arm (:mod:`tests.benchmarks.growth.canary`), is repeated, and its
-losses and widths have to be those that the folder keeps. Losses may differ by :data:`TOLERANCE`, as processors round
-differently; a different draw, order, rule or schedule is far outside. What only shows in longer runs than those is not
-seen: such a change wants a new protocol. Any other code is refused for final runs; tuning begins anew with it.
+same: a fixed set of tiny runs, one for each kind of arm and host (:mod:`tests.benchmarks.growth.canary`), is repeated.
+On one machine they come out bit for bit. Elsewhere batches and widths have to be equal, and losses may differ as far as
+processors and layouts of memory round differently (:data:`TOLERANCES`); a different draw, order, rule or schedule is
+far outside. What only shows in longer runs than those is not seen: such a change wants a new protocol. Any other code
+is refused for final runs, and they go on in a checkout of theirs; tuning begins anew with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +36,9 @@ CODE: Final = (
     "tests/benchmarks/growth/hosts.py",
     "tests/benchmarks/growth/training.py",
 )
-TOLERANCE: Final = 1e-3
+#: Relative, of the loss of the first epoch and of the later ones: what rounding does grows from step to step.
+#: (Measured for another layout of memory: 2e-4 and 4e-3.)
+TOLERANCES: Final = (1e-3, 1e-2)
 _INDEX: Final = "folder.json"
 _SHORT: Final = 12
 #: Losses and widths by arm.
@@ -126,7 +129,8 @@ def open_records(
         raise OtherCodeError(
             f"this code ({code[:_SHORT]}) computes something else than the code that the protocol "
             f"{protocol.hash[:_SHORT]} was fixed with ({', '.join(folder.name for folder in folders) or 'none'}): "
-            "go on in a checkout of that code, or fix the protocol anew with --write-protocol"
+            "go on in a checkout of that code (the newest commit of its runs has it), write the JSON of what is there "
+            "with --minutes 0, or fix the protocol anew with --write-protocol"
         )
     folder = within / code[:_SHORT]
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,15 +138,31 @@ def open_records(
     return Records(folder)
 
 
-def same_figures(one: Figures, other: Figures) -> bool:
-    """Whether two sets of tiny runs came out alike."""
-    return one.keys() == other.keys() and all(
-        one[arm]["widths"] == other[arm]["widths"]
-        and one[arm]["batches"] == other[arm]["batches"]
-        and len(one[arm]["losses"]) == len(other[arm]["losses"])
-        and all(
-            math.isclose(left, right, rel_tol=TOLERANCE)
-            for left, right in zip(one[arm]["losses"], other[arm]["losses"], strict=True)
-        )
-        for arm in one
+def best_records(protocol: Protocol, *, runs: Path = RUNS) -> Records:
+    """The folder of the protocol with the most finished runs, to be read and not to be added to, whatever the code.
+
+    Raises OtherCodeError if there is none.
+    """
+    within = runs / protocol.name / protocol.hash[:_SHORT]
+    folders = [Records(path.parent) for path in sorted(within.glob(f"*/{_INDEX}"))]
+    if not folders:
+        raise OtherCodeError(f"no run of the protocol {protocol.hash[:_SHORT]} was begun: see --write-protocol")
+    return max(folders, key=lambda records: len(records.finished()))
+
+
+def same_figures(kept: Figures, now: Figures) -> bool:
+    """Whether the tiny runs that a folder keeps came out alike ``now``; later code may know more of them."""
+    return kept.keys() <= now.keys() and all(
+        kept[name]["widths"] == now[name]["widths"]
+        and kept[name]["batches"] == now[name]["batches"]
+        and _alike(kept[name]["losses"], now[name]["losses"])
+        for name in kept
+    )
+
+
+def _alike(kept: Sequence[float], now: Sequence[float]) -> bool:
+    first, later = TOLERANCES
+    return len(kept) == len(now) and all(
+        math.isclose(left, right, rel_tol=later if epoch else first)
+        for epoch, (left, right) in enumerate(zip(kept, now, strict=True))
     )

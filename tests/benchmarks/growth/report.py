@@ -15,6 +15,12 @@ from tests.infrastructure.processes import ROOT
 
 PAGE: Final = "docs/benchmarks.md"
 FOLDER: Final = "docs/benchmarks"
+#: Where the extend result is quoted, between :data:`_MARKS`.
+QUOTING: Final = ("README.md", "docs/user_guide.md")
+_MARKS: Final = (
+    "<!-- from docs/benchmarks/extend.json, by python -m tests.benchmarks.growth --report -->",
+    "<!-- end -->",
+)
 _HEAD: Final = """# What growth is worth
 
 This page is written by `python -m tests.benchmarks.growth --report` from the JSON files in `docs/benchmarks/`; a test
@@ -22,7 +28,8 @@ checks that it says what they say. Accuracies are in percent on the test set, me
 once per finished run after the protocol was committed. Contrasts are paired by seed: all arms of a seed begin with the
 same draws and train on the same batches. Intervals are 95 % (Student); secondary contrasts, and
 primary ones where there are more than two, are corrected by Holm's method, and there is no verdict before all pairs are
-there. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent.
+there. FLOPs are counted by formula; those of growth (looking at layers, judging seeds) count as spent. CPU seconds are
+of one core beside other work: they say which arm takes longer, not how long it takes on a free machine.
 """
 IN_WORDS: Final[Mapping[str, str]] = {
     "host": "the host, not grown",
@@ -46,17 +53,44 @@ IN_WORDS: Final[Mapping[str, str]] = {
 }
 _COSTS: Final = {
     "flops": (("training_flops", "growth_flops"), "FLOPs of training and growth"),
+    "seconds": (("cpu_seconds",), "CPU seconds of training and growth"),
     "latency": (("latency_ms",), "CPU time of one training step of the final network, ms"),
 }
 
 
 def write(root: Path = ROOT) -> Path:
-    """Write the page and its plots; returns the page."""
+    """Write the page, its plots, and what :data:`QUOTING` quotes; returns the page."""
     text, drawings = pages(root)
     for name, drawing in drawings.items():
         write_atomically(root / FOLDER / name, drawing)
     write_atomically(root / PAGE, text)
+    for name in QUOTING:
+        if (root / name).exists():
+            write_atomically(root / name, quoting((root / name).read_text(encoding="utf-8"), root))
     return root / PAGE
+
+
+def quoting(text: str, root: Path = ROOT) -> str:
+    """``text`` with the table of the extend result between its marks, where it has them, as the JSON has it now."""
+    extend = _read(root / FOLDER / "extend.json")
+    if extend is None or _MARKS[0] not in text:
+        return text
+    before, _, rest = text.partition(_MARKS[0])
+    _, _, after = rest.partition(_MARKS[1])
+    return f"{before}{_MARKS[0]}\n{_in_short(extend)}\n{_MARKS[1]}{after}"
+
+
+def _in_short(extend: Mapping[str, Any]) -> str:
+    """Test accuracies and the two differences that matter, by budget."""
+    head = "| extra budget, in epochs of the bigger network | grown | trained on | bigger, from scratch "
+    rows = [f"{head}| grown over trained on | grown over from scratch |", "|---|---|---|---|---|---|"]
+    by_pair = {(one["first"], one["second"][0], one["entries"][0]): one for one in extend["contrasts"]}
+    for budget, table in extend["budgets"].items():
+        others = ("trained_on", "from_scratch")
+        means = [statistics.fmean(table["arms"][arm]["test_accuracy"]) for arm in ("grown", *others)]
+        gains = [difference(by_pair["grown", other, budget]).replace(" points", "") for other in others]
+        rows.append(f"| {' | '.join([budget, *(f'{mean:.1f}' for mean in means), *gains])} |")
+    return "\n".join(rows)
 
 
 def pages(root: Path = ROOT) -> tuple[str, dict[str, str]]:
@@ -92,16 +126,32 @@ def _described(result: Mapping[str, Any], tables: Mapping[str, Any], title: Any,
     if protocol["tuning"]:
         made.append(_tuned(protocol))
     made += ["### Contrasts", _contrasts(result["contrasts"])]
+    together = "budgets" in result
+    if together:
+        # Its tables differ in nothing but the budget: one drawing of all says more.
+        every = [table["arms"] for table in tables.values()]
+        made += _drawn(every, protocol["name"], "All budgets", ("flops", "seconds"), drawings)
     for name, table in tables.items():
         if not table["arms"]:
             continue
         made += [f"### {title(name)}", protocol["entries"][name]["network"]["why"], _table(table["arms"])]
-        for kind, (cost, label) in _COSTS.items():
-            found = plots.points(table["arms"], cost)
-            if found:
-                file = f"{protocol['name']}-{name}-{kind}.svg"
-                drawings[file] = plots.scatter(found, title=f"{title(name)}: accuracy against {label}", x_label=label)
-                made.append(f"![Accuracy against {label}](benchmarks/{file})")
+        if not together:
+            made += _drawn([table["arms"]], f"{protocol['name']}-{name}", title(name), ("flops", "latency"), drawings)
+    return made
+
+
+def _drawn(
+    tables: Sequence[Mapping[str, Any]], name: str, title: str, kinds: Sequence[str], drawings: dict[str, str]
+) -> list[str]:
+    """Adds the plots of ``tables``, and says what to write on the page for them."""
+    made = []
+    for kind in kinds:
+        cost, label = _COSTS[kind]
+        found = [point for table in tables for point in plots.points(table, cost)]
+        if found:
+            file = f"{name}-{kind}.svg"
+            drawings[file] = plots.scatter(found, title=f"{title}: accuracy against {label}", x_label=label)
+            made.append(f"![Accuracy against {label}](benchmarks/{file})")
     return made
 
 
@@ -113,7 +163,8 @@ def _tuned(protocol: Mapping[str, Any]) -> str:
         named = ", ".join(f"`{arm}`" for arm in one["arms"])
         for entry in one["entries"]:
             chosen = protocol["entries"][entry]["rates"][arms.ARMS[one["arms"][0]].rate]
-            rows.append(f"| {entry}: {named} | {tried} | {seeds} | {chosen:g} |")
+            edge = "" if min(one["rates"]) < chosen < max(one["rates"]) else ", the end of what was tried"
+            rows.append(f"| {entry}: {named} | {tried} | {seeds} | {chosen:g}{edge} |")
     kept = "What was not tuned has the rate of its class in a table that was."
     return "\n".join(["Learning rates were chosen by validation accuracy, on seeds of their own. " + kept, "", *rows])
 
