@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_seed_that_is_only_removed_leaves_its_mark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_branch_that_a_caller_culls_is_rewound(tmp_path: Path, killed: bool) -> None:
+def test_a_branch_that_a_caller_culls_is_rewound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
     twin = made(tmp_path / "twin", lambda _: ()).trainer()
     twin.train()
     harness = made(tmp_path / "culled", BRANCHED, isolation_steps=3, blend_steps=6)
@@ -108,7 +109,7 @@ def test_a_branch_that_a_caller_culls_is_rewound(tmp_path: Path, killed: bool) -
         def dying(*arguments: Any) -> None:
             raise KeyboardInterrupt
 
-        trainer._rewind = dying  # type: ignore[method-assign]  # kill -9 right before it
+        monkeypatch.setattr(trainer, "_rewind", dying)  # kill -9 right before it
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         trainer.journal.close()
@@ -181,7 +182,11 @@ def test_its_journal_alone_rewinds_again(tmp_path: Path) -> None:
     assert harness.scripted.asked == []
 
 
-def test_what_another_seed_became_is_not_undone(tmp_path: Path) -> None:
+def _either(good: bool, judge: Any, engine: Any, worth: Any) -> bool:
+    return good or bool(judge(engine, worth))
+
+
+def test_what_another_seed_became_is_not_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made(tmp_path / "run").trainer()
     record = trainer.engine.__class__._proven
     proven = {"seed-2"}
@@ -192,11 +197,11 @@ def test_what_another_seed_became_is_not_undone(tmp_path: Path) -> None:
         engine = trainer.engine
         found = []
         for seed in seeds:
-            engine._proven = lambda worth, seed=seed: seed in proven or record(engine, worth)  # type: ignore[method-assign]  # one of two is good
+            monkeypatch.setattr(engine, "_proven", functools.partial(_either, seed in proven, record, engine))
             found += judge([seed], *arguments)
         return found
 
-    trainer.coordinator._judge = partial  # type: ignore[method-assign]  # as above
+    monkeypatch.setattr(trainer.coordinator, "_judge", partial)
     trainer.train()
     outcomes = {seed.seed: seed.outcome for seed in trainer.engine.seeds()}
     assert outcomes == {"seed-1": SeedState.CULLED, "seed-2": SeedState.FOSSILIZED}
