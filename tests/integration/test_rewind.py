@@ -16,19 +16,19 @@ from services.tolaria.ports import Command, CommandKind
 from services.tolaria.trainer import TolariaTrainer
 from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, Policy, config_of, grow_once, same, weights
 
+pytestmark = pytest.mark.parallel
+
 ONCE = grow_once(("groups.0.conv1", WIDEN, 2), ("groups.1.conv1", WIDEN, 3))
 #: Nothing is worth a hundred points: every seed is culled after its second measurement.
 HOPELESS = {"threshold": 100.0, "min_epochs": 1, "cull": "rewind"}
+BRANCHED = grow_once(("span:groups.2", BRANCH, 2))
+CULL = Command(command_id="c1", kind=CommandKind.CULL, seed="seed-1")
 
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
-
-
-BRANCHED = grow_once(("span:groups.2", BRANCH, 2))
-CULL = Command(command_id="c1", kind=CommandKind.CULL, seed="seed-1")
 
 
 def made(folder: Path, policy: Policy = ONCE, **growth: Any) -> Harness:
