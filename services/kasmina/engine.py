@@ -692,8 +692,8 @@ class GrowthEngine:
         """Remove a seed that is not fossilized. The slot rests, the blueprint is penalized there.
 
         Culled before it was grafted, the network is bit-identical to one that never had it; later it is exactly
-        the network with alpha 0 at its present weights. With mode ``rewind`` the trainer also restores the weights
-        of the snapshot it took at the graft.
+        the network with alpha 0 at its present weights. With mode ``rewind`` the trainer also goes back to the
+        snapshot it took at the graft, see :meth:`take_out`.
 
         Raises:
             UnknownSeedError: There is no such seed.
@@ -701,6 +701,23 @@ class GrowthEngine:
         """
         self.seed(seed_id)
         return [self._leave(seed_id, SeedState.CULLED, step, f"{reason} ({mode})")]
+
+    def take_out(self, ended: Iterable[SeedRecord], penalties: Mapping[str, Mapping[str, float]]) -> None:
+        """Go on without seeds that were culled after this state was saved: their records stay, as they ended.
+
+        Right after a graft, before any optimizer step, this leaves the network bit-identical to one without them.
+
+        Args:
+            ended: The records of these seeds, as of their end.
+            penalties: Of blueprints by slot, as of their end: see :meth:`state`.
+        """
+        for record in ended:
+            if record.seed in self._network.grafts:
+                self._network.remove(record.seed)
+            self._plans.pop(record.seed, None)
+            self._records[record.seed] = record
+            self._commands[record.command_id] = record.seed
+        self._penalties = {slot: dict(found) for slot, found in penalties.items()}
 
     def roll_back(self, seed_ids: Iterable[str], *, step: int, reason: str) -> list[SeedTransition]:
         """Remove seeds on the governor's word: their slots are locked, their blueprints quarantined.

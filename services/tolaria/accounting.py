@@ -45,7 +45,8 @@ class Account:
     """What one arm has spent so far; a resumed run goes on from its checkpoint.
 
     ``training_flops`` are those of all optimizer steps, seeds included, and ``discarded_flops`` the part of them that
-    rollbacks took back; ``growth_flops`` those of measuring slots (``health_flops``) and of counterfactuals;
+    rollbacks and rewinds took back; ``growth_flops`` those of measuring slots (``health_flops``) and of
+    counterfactuals;
     ``validation_flops`` what a run without growth spends on validation as well.
     CPU times are of the training thread, seconds; ``growth_cpu_seconds`` is part of ``cpu_seconds``;
     ``growth_seconds`` is its wall clock.
@@ -75,7 +76,8 @@ class Account:
 
     def discard_since(self, earlier: Mapping[str, float]) -> None:
         """The steps since the account's state was ``earlier`` are taken back: spent all the same."""
-        self.discarded_flops += self.training_flops - earlier["training_flops"]
+        # Not what was taken back before, or a step lost twice over would be counted twice.
+        self.discarded_flops = earlier["discarded_flops"] + self.training_flops - earlier["training_flops"]
 
     def state(self) -> dict[str, float]:
         """As JSON, for the checkpoint."""

@@ -20,7 +20,7 @@ from services.chassis.errors import Reason
 from services.chassis.telemetry import ROOT, Telemetry, context_from, current_traceparent, link_to
 from services.kasmina.engine import GrowthEngine
 from services.kasmina.errors import SlotUnavailableError, UnknownSeedError, UnknownSlotError
-from services.kasmina.lifecycle import ALIVE, IllegalTransitionError, SeedState
+from services.kasmina.lifecycle import ALIVE, IN_FORWARD, IllegalTransitionError, SeedState
 from services.kasmina.model import Contribution, HealthReport, Replacement, SeedRecord, SeedTransition
 from services.tolaria.errors import JournalError
 from services.tolaria.journal import Clock, Entry, Journal
@@ -105,6 +105,8 @@ class _Story:
     ended: dict[str, str] = field(default_factory=dict)
     #: Optimizer steps that seeds which are gone took part in.
     steps: dict[str, int] = field(default_factory=dict)
+    #: Seeds culled after grafting whose steps are still to be taken back, under evaluation.cull: rewind.
+    to_rewind: list[str] = field(default_factory=list)
 
 
 class AdaptationCoordinator:
@@ -394,8 +396,19 @@ class AdaptationCoordinator:
                     self._story.ended[seed] = records[seed].reason
                     born = records[seed].birth_step
                     self._story.steps[seed] = story[-1].step - born if born is not None else 0
+                    if self._config.evaluation.cull == "rewind" and _left_the_network(story[-1]):
+                        self._story.to_rewind.append(seed)
                     self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
         return True
+
+    @property
+    def to_rewind(self) -> tuple[str, ...]:
+        """Seeds culled after grafting whose steps are still to be taken back."""
+        return tuple(self._story.to_rewind)
+
+    def rewound(self) -> None:
+        """Nothing is left to be taken back: it was, or could not be."""
+        self._story.to_rewind.clear()
 
     def reason(self, record: SeedRecord) -> str:
         """Why a seed is what it is, or how it ended."""
@@ -453,6 +466,10 @@ class AdaptationCoordinator:
                 self.engine.cull(record.seed, mode="remove", step=step, reason="the run ended before it was settled"),
                 epoch,
             )
+
+
+def _left_the_network(end: SeedTransition) -> bool:
+    return end.to_state is SeedState.CULLED and end.from_state in IN_FORWARD
 
 
 def _reason_of(error: ValueError) -> str:

@@ -19,7 +19,7 @@ from services.tolaria.progress import finite
 
 @dataclass(frozen=True, slots=True, order=True)
 class Clock:
-    """Where a run is: steps rise, and a rollback takes them back, so the count of rollbacks comes first."""
+    """Where a run is: steps rise, and rollbacks and rewinds take them back, so the count of both comes first."""
 
     rollbacks: int
     step: int

@@ -87,12 +87,15 @@ class RunReporter:
 
     # ---- the course of training ------------------------------------------------------------------------------------
 
-    def rewind(self, step: int) -> None:
-        """Forget the epochs and decisions after ``step``: the run goes on from there and will meet them again."""
-        for name in (METRICS_FILE, DECISIONS_FILE):
+    def rewind(self, step: int, *, decided: int | None = None) -> None:
+        """Forget the epochs and decisions after ``step``: the run goes on from there and will meet them again.
+
+        Those until ``decided`` it will not: they are kept.
+        """
+        for name, last in ((METRICS_FILE, step), (DECISIONS_FILE, step if decided is None else decided)):
             path = self._folder / name
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if not self._ahead(line, step)]
+            kept = [line for line in lines if not self._ahead(line, last)]
             path.write_text("".join(kept), encoding="utf-8")
 
     def _ahead(self, line: str, step: int) -> bool:
@@ -186,6 +189,17 @@ class RunReporter:
         self._mesh.publish("system.events.rollback", self._run, event)
         self._event("rollback", from_step=from_step, to_step=to_step, reason=reason, seeds=list(seeds))
         self.status("training", f"rolled back from step {from_step} to {to_step}: {reason}", seeds=list(seeds))
+
+    def rewound(self, *, from_step: int, to_step: int, seeds: Sequence[str]) -> None:
+        """The steps since the graft of culled seeds were taken back and are made again without them."""
+        self._event("rewind", from_step=from_step, to_step=to_step, seeds=list(seeds))
+        message = f"rewound from step {from_step} to {to_step}: {', '.join(seeds)} had never been grafted"
+        self.status("training", message, seeds=list(seeds))
+
+    def not_rewound(self, *, step: int, seeds: Sequence[str], reason: str) -> None:
+        """Culled seeds were only removed, though a rewind was asked for."""
+        self._event("rewind refused", step=step, seeds=list(seeds), reason=reason)
+        self.status("training", f"{', '.join(seeds)}: removed, not rewound: {reason}", seeds=list(seeds))
 
     def topology(self, engine: GrowthEngine, *, epoch: int, step: int) -> None:
         """The network changed, or is new."""

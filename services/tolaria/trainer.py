@@ -43,6 +43,7 @@ from services.tolaria.observation import Situation
 from services.tolaria.optimizer import GrowingOptimizer
 from services.tolaria.ports import ADAPTATION_COMMANDS, Command, CommandKind, CommandResult, Mesh
 from services.tolaria.reporting import EpochRecord, RunReporter
+from services.tolaria.rewind import Snapshots, changed_since
 from services.tolaria.schedule import Schedule
 from services.tolaria.seeds import derive
 from services.tolaria.step_times import StepTimes
@@ -208,6 +209,11 @@ class TolariaTrainer:
         self.host_flops = self.engine.flops()
         self.host_parameters = self.parameter_count()
         self.last_good: State | None = None
+        #: Where failed trials go back to, and how often they did; part of the clock as rollbacks are.
+        self.snapshots = Snapshots()
+        self.rewinds = 0
+        #: Growth decides nothing before this step: what was decided until there has been decided already.
+        self.replay_until = 0
         #: What growth may cost; a limit of time is known once a step was timed.
         self.latency: LatencyModel | None = None
         self.limit: Limit | None = None
@@ -254,7 +260,7 @@ class TolariaTrainer:
             self._start_trained()
         if self.last_good is None:
             self._remember()
-        if self.journal.replaying:
+        if self.journal.replaying or self.coordinator.to_rewind:
             # A checkpoint that a caller asked for was written in the middle of a safe point: the rest of it comes now.
             self._safe_point()
         while self.step < self.total_steps:
@@ -268,7 +274,7 @@ class TolariaTrainer:
     @property
     def clock(self) -> Clock:
         """Where the run is."""
-        return Clock(self.governor.rollbacks, self.step)
+        return Clock(self.governor.rollbacks + self.rewinds, self.step)
 
     def _price_latency(self) -> None:
         """Learn what width costs in time, once in a run's life: a resumed run plans with the numbers it began with."""
@@ -313,17 +319,17 @@ class TolariaTrainer:
     def _train_epoch(self) -> None:
         """Train to the end of the epoch under way (the last one of a schedule may be cut short), or to a rollback."""
         epoch = self.epoch
-        rollbacks = self.governor.rollbacks
+        taken_back = self.clock.rollbacks
         self._epoch_started = time.perf_counter()
         links = [link_to(self._run_trace)]
         with self.telemetry.span("epoch", {"esper.arm": self.arm, "esper.epoch": epoch}, parent=ROOT, links=links):
-            while self.governor.rollbacks == rollbacks:
+            while self.clock.rollbacks == taken_back:
                 self._timed_step()
                 over = self.step % self.batches.per_epoch == 0 or self.step == self.total_steps
-                if over and self.governor.rollbacks == rollbacks:
+                if over and self.clock.rollbacks == taken_back:
                     self._end_epoch(-(-self.step // self.batches.per_epoch))
                     return
-                if self.governor.rollbacks == rollbacks:
+                if self.clock.rollbacks == taken_back:
                     self._safe_point()
 
     def _timed_step(self) -> None:
@@ -387,7 +393,10 @@ class TolariaTrainer:
         self.accuracies.append(self.validation.accuracy)
         self._bill_time()
         self._report_epoch(epoch)
-        if self.grow:
+        if self.grow and self.step >= self.replay_until:
+            self.coordinator.evaluate_due(epoch, self.step, self._measure_contributions)
+            if self._rewind_culled():
+                return
             self._adapt(epoch)
         self._bill_time(growth=True)
         self.epoch_loss = 0.0
@@ -396,8 +405,7 @@ class TolariaTrainer:
             self.save()
 
     def _adapt(self, epoch: int) -> None:
-        """All that growth does at the boundary of epochs, but for what waits for a safe point."""
-        self.coordinator.evaluate_due(epoch, self.step, self._measure_contributions)
+        """What growth does at the boundary of epochs once seeds are judged, but for what waits for a safe point."""
         self.coordinator.follow(self.engine.expire(epoch), epoch)
         due = epoch in self.decision_epochs
         if due or self._health_is_due(epoch):
@@ -514,6 +522,8 @@ class TolariaTrainer:
             # What callers want now waits until what they wanted before the crash has been met again.
             for command in self.mesh.commands():
                 changed |= self._obey(command)
+        changed |= self._rewind_culled()
+        self._take_snapshots()
         if changed or epoch_is_over:
             # After a graft too: a seed that breaks the training is then found in this state, and blamed.
             self._remember()
@@ -593,6 +603,8 @@ class TolariaTrainer:
             "step": self.step,
             "rollbacks": self.governor.rollbacks,
             "rollbacks_asked_for": self.governor.asked_for,
+            "rewinds": self.rewinds,
+            "replay_until": self.replay_until,
             "rate_scale": self.optimizer.rate_scale,
             "epoch_loss": self.epoch_loss,
             "accuracies": self.accuracies,
@@ -672,6 +684,7 @@ class TolariaTrainer:
             )
         self.governor.rollbacks = values["rollbacks"]
         self.governor.asked_for = values["rollbacks_asked_for"]
+        self.rewinds = values.get("rewinds", 0)
         self.account = Account(**values["account"])
         self.journal.position = values["journal_position"]
         # The last good state may lie before the checkpoint; a resumed run must fall back to the same one.
@@ -683,8 +696,10 @@ class TolariaTrainer:
                 f"the checkpoint of step {steps[-1]} does not fit the network that the configuration makes now "
                 f"({error}); put the code behind model.factory back as it was, or start a new run"
             ) from error
+        self._recall(state)
         self.last_good = good if good is not None else state.detached()
-        self.reporter.rewind(self.step)
+        # Decisions that lie in a replay are behind the run, though their steps are ahead of it.
+        self.reporter.rewind(self.step, decided=max(self.step, self.replay_until - 1))
         self.reporter.checkpointed(self.step)
 
     def save(self) -> bool:
@@ -692,6 +707,9 @@ class TolariaTrainer:
         if self.checkpoints is None:
             return False
         state = self.capture()
+        tensors, snapshots = self.snapshots.packed()
+        if snapshots:
+            state = State({**state.tensors, **tensors}, {**state.values, "snapshots": snapshots})
         if self.last_good is not None and self.last_good.values["step"] != self.step:
             tensors = {f"last_good/{name}": tensor for name, tensor in self.last_good.tensors.items()}
             state = State({**state.tensors, **tensors}, {**state.values, "last_good": self.last_good.values})
@@ -705,6 +723,52 @@ class TolariaTrainer:
 
     def _remember(self) -> None:
         self.last_good = self.capture().detached()
+
+    def _recall(self, state: State) -> None:
+        """What a checkpoint knows of trials; one of an older version knows nothing."""
+        self.snapshots.unpack(state)
+        self.replay_until = state.values.get("replay_until", 0)
+
+    # ---- rewinds ---------------------------------------------------------------------------------------------------
+
+    def _take_snapshots(self) -> None:
+        """Of seeds that were grafted just now: no step was made with them yet."""
+        if self.config.growth.evaluation.cull == "rewind" and (fresh := self.snapshots.missing(self.engine.seeds())):
+            self.snapshots.keep(fresh, self.capture().detached())
+
+    def _rewind_culled(self) -> bool:
+        """Take back the steps of seeds that were culled just now; False if there are none or they cannot be."""
+        culled = self.coordinator.to_rewind
+        self.coordinator.rewound()
+        states = [state for seed in culled if (state := self.snapshots.of(seed)) is not None]
+        if not culled:
+            return False
+        if len(states) < len(culled):
+            reason = "there is no snapshot of its graft: the run was not asked to rewind then"
+            self.reporter.not_rewound(step=self.step, seeds=culled, reason=reason)
+            return False
+        snapshot = min(states, key=lambda state: int(state.values["step"]))
+        if others := changed_since(snapshot.values["engine"], self.engine.seeds(), culled):
+            reason = f"it would undo what became of {', '.join(others)} since the graft"
+            self.reporter.not_rewound(step=self.step, seeds=culled, reason=reason)
+            return False
+        self._rewind(culled, snapshot)
+        return True
+
+    def _rewind(self, culled: Sequence[str], snapshot: State) -> None:
+        from_step, story, penalties = self.step, self.coordinator.state(), self.engine.state()["penalties"]
+        ended = [self.engine.seed(seed) for seed in culled]
+        self.restore(snapshot)
+        self.coordinator.bind(self.engine, story)
+        self.engine.take_out(ended, penalties)
+        self._network_changed(())
+        self.rewinds += 1
+        self.replay_until = max(self.replay_until, from_step)
+        # Those grafted together with a culled one stand at their graft again: their snapshot is one without it.
+        self.snapshots.forget_from(self.step)
+        self._take_snapshots()
+        self._remember()
+        self.reporter.rewound(from_step=from_step, to_step=self.step, seeds=culled)
 
     # ---- rollbacks -------------------------------------------------------------------------------------------------
 
@@ -725,6 +789,8 @@ class TolariaTrainer:
             )
         broken = self._broken_seeds()
         self.restore(self.last_good)
+        # A seed that is grafted again later has another graft.
+        self.snapshots.forget_from(self.step + 1)
         self.governor.rollbacks += 1
         blamed = [record.seed for record in self.coordinator.alive() if record.state in _ROLLBACK_STATES]
         blamed = [seed for seed in blamed if seed in broken] or blamed
@@ -770,7 +836,9 @@ class TolariaTrainer:
         assert self.checkpoints is not None, "a rollback is journaled only where there are checkpoints"
         command = Command.from_json(entry.content["command"])
         from_step, reason = self.step, command.reason or "asked for by a caller"
-        self.restore(self.checkpoints.load(entry.content["checkpoint"]))
+        state = self.checkpoints.load(entry.content["checkpoint"])
+        self.restore(state)
+        self._recall(state)
         self.governor.rollbacks += 1
         self.governor.asked_for += 1
         self.checkpoints.discard_after(self.step)

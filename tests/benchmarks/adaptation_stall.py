@@ -3,13 +3,18 @@
 **While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo
 plants a seed every 25th epoch that leaves again once it was judged, so that the network is the host's between two
 trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched
-and verified; each seed has a kernel of its own, so no cache has it. The compiler's processes are killed before every
-second decision: a cold start makes a window some hundred steps long, a warm one takes a few. Every step of a window
-has a partner: the step at the same place in an epoch near by in which no seed was alive. ``percent`` is by how much the
-statistic of the windows' steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 %
-bootstrap intervals over whole windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the
-pooled figure counts. ``noise`` is the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is
-the CPU time of the training thread in the same steps.
+and verified; each seed has a kernel of its own, so no cache has it. Every step of a window has a partner: the step at
+the same place in an epoch near by in which no seed was alive. ``percent`` is by how much the statistic of the windows'
+steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 % bootstrap intervals over whole
+windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the pooled figure counts. ``noise`` is
+the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is the CPU time of the training
+thread in the same steps.
+
+``warm`` are windows of a compiler as runs have it, some steps each; ``cold`` those after its processes were killed,
+before every third decision: it loads torch anew, which takes some hundred steps. ``other_work`` is what the machine
+makes of that: a Python of nobody's loads torch where the services run, once after each decision; the steps meanwhile
+have idle partners, too. ``cold_against_other_work`` compares the cold windows with their neighbors of these: what a
+compile costs beyond any other work on the other core.
 
 ``steps_that_waited``: steps of windows that stood still, safe point included, without using their processor, for as
 long as half of their window: a step that waits for a compile waits about as long as it takes. Must be 0.
@@ -23,10 +28,10 @@ backward pass. Limit: 2 %.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,6 +59,10 @@ FOSSILIZED_LIMIT_PERCENT: Final = 2.0
 _EVERY: Final = 25
 #: Epochs before a decision at which the compiler is killed: the trial before is over, the next has not begun.
 _KILL_BEFORE: Final = 4
+_COLD_EVERY: Final = 3
+#: Epochs after a decision at which other work is done: the seed has left.
+_OTHER_AFTER: Final = 14
+_OTHER_WORK: Final = (sys.executable, "-c", "import torch, torch._dynamo")
 _RUN: Final = (
     "data.translate=0",
     "model.widths=[16,24,32]",
@@ -77,10 +86,14 @@ _NICE: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A time in which kernels were on their way: by the wall clock, seconds."""
+    """A time in which kernels were on their way or other work was done: by the wall clock, seconds."""
 
     begin: float
     end: float
+
+    def has(self, moment: float) -> bool:
+        """Whether ``moment`` is in it."""
+        return self.begin <= moment <= self.end
 
 
 def windows(lines: Sequence[dict[str, Any]]) -> list[Window]:
@@ -110,21 +123,17 @@ class Pair:
     other_idle: list[dict[str, Any]]
 
 
-def pair(steps: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], per_epoch: int) -> list[Pair]:
-    """Match each step of a window to the steps of the same place in the nearest epochs in which nobody was alive."""
+def pair(steps: Sequence[dict[str, Any]], found: Sequence[Window], busy: set[int], per_epoch: int) -> list[Pair]:
+    """Match each step of the windows to those of the same place in the nearest epochs that are not ``busy``."""
     by_number = {step["step"]: step for step in steps}
-    busy = _busy_epochs(lines)
     # The first epoch warms up; of the last not all steps need be there.
     idle = [epoch for epoch in range(1, max(by_number) // per_epoch) if epoch not in busy]
     pairs = []
-    for window in windows(lines):
-        ends = ((step, step["began"] + step["seconds"]) for step in steps)
-        inside = [step for step, end in ends if window.begin <= step["began"] and end <= window.end]
-        if not inside:
-            continue
-        epochs = sorted({(step["step"] - 1) // per_epoch for step in inside})
+    for window in found:
+        inside = _steps_in(window, steps)
+        epochs = _epochs_of(inside, per_epoch)
         near = sorted(idle, key=lambda epoch: abs(epoch - epochs[0]))[: 2 * len(epochs)]
-        if len(near) == 2 * len(epochs):
+        if inside and len(near) == 2 * len(epochs):
             at = [divmod(step["step"] - 1, per_epoch) for step in inside]
             partners = [
                 [by_number[near[2 * epochs.index(epoch) + side] * per_epoch + place + 1] for epoch, place in at]
@@ -134,7 +143,15 @@ def pair(steps: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], per_e
     return pairs
 
 
-def _busy_epochs(lines: Sequence[dict[str, Any]]) -> set[int]:
+def _steps_in(window: Window, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [step for step in steps if window.has(step["began"]) and window.has(step["began"] + step["seconds"])]
+
+
+def _epochs_of(steps: Sequence[dict[str, Any]], per_epoch: int) -> list[int]:
+    return sorted({(step["step"] - 1) // per_epoch for step in steps})
+
+
+def busy_epochs(lines: Sequence[dict[str, Any]]) -> set[int]:
     """Epochs (from 0) in which a seed was alive: from the epoch that its life begins with to that in which it ended."""
     busy: set[int] = set()
     born: dict[str, int] = {}
@@ -167,26 +184,57 @@ def in_flight(folder: Path, decisions: int) -> dict[str, Any]:
     window = [_EVERY / epochs, _EVERY * decisions / epochs]
     overrides = (*_RUN, f"training.epochs={epochs}", f"growth.decisions={decisions}", f"growth.window={window}")
     with measure.endless_run(folder, *overrides) as run:
-        _until_over(run, epochs)
+        placement = _placement(run)
+        kills, others = _until_over(run, epochs)
         steps = measure.step_times(run.folder)
         lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
-        placement = _placement(run)
     per_epoch = max(step["step"] for step in steps) // epochs
-    pairs = pair(steps, lines, per_epoch)
+    alive = busy_epochs(lines)
+    busy = alive.union(*(_epochs_of(_steps_in(other, steps), per_epoch) for other in others))
+    pairs = pair(steps, windows(lines), busy, per_epoch)
     assert len(pairs) >= 2, f"only {len(pairs)} of {decisions} decisions led to a window with steps in it"
-    lengths = [one.window.end - one.window.begin for one in pairs]
+    other_work = [
+        one for one in pair(steps, others, busy, per_epoch) if alive.isdisjoint(_epochs_of(one.steps, per_epoch))
+    ]
+    cold = _after(kills, pairs)
+    warm = [one for one in pairs if one not in cold]
     tail = _figures(pairs, "seconds", lambda one: (one.idle, one.steps))
+    assert tail is not None
+    beside = [
+        ([step["seconds"] for step in other.steps], [step["seconds"] for step in one.steps])
+        for one in cold
+        for other in sorted(other_work, key=lambda other: abs(other.window.begin - one.window.begin))[:1]
+    ]
     return {
         "windows": len(pairs),
         "steps": sum(len(one.steps) for one in pairs),
-        "window_seconds": {"median": statistics.median(lengths), "greatest": max(lengths)},
         "step_time": tail,
         "step_cpu_time": _figures(pairs, "cpu_seconds", lambda one: (one.idle, one.steps)),
         "noise": _figures(pairs, "seconds", lambda one: (one.other_idle, one.idle)),
         "holds": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["pooled_interval"]),
+        "warm": _described(warm),
+        "cold": _described(cold),
+        "other_work": _described(other_work),
+        "cold_against_other_work": _changes(beside),
         "steps_that_waited": len(waited(pairs)),
         "waited": waited(pairs),
         "placement": placement,
+    }
+
+
+def _after(kills: Sequence[float], pairs: Sequence[Pair]) -> list[Pair]:
+    """The windows that are the first after a kill."""
+    following = (next((one for one in pairs if one.window.begin >= kill), None) for kill in kills)
+    return [one for one in following if one is not None]
+
+
+def _described(pairs: Sequence[Pair]) -> dict[str, Any]:
+    lengths = [one.window.end - one.window.begin for one in pairs]
+    return {
+        "windows": len(pairs),
+        "steps": sum(len(one.steps) for one in pairs),
+        "window_seconds": {"median": statistics.median(lengths), "greatest": max(lengths)} if lengths else None,
+        "step_time": _figures(pairs, "seconds", lambda one: (one.idle, one.steps)),
     }
 
 
@@ -205,22 +253,28 @@ def _epochs_over(run: Run) -> Iterator[int]:
             yield found
 
 
-def _until_over(run: Run, epochs: int) -> None:
-    """Wait for the end, killing the compiler's processes before every second decision."""
+def _until_over(run: Run, epochs: int) -> tuple[list[float], list[Window]]:
+    """Wait for the end; returns when the compiler's processes were killed, and when other work was done."""
     run.until_epoch(1)
     _step_aside(run)
-    killed = 0
+    kills: list[float] = []
+    others: list[Window] = []
     for epoch in _epochs_over(run):
         if epoch >= epochs - 1:
             break
-        if epoch >= _EVERY * (2 * killed + 1) - _KILL_BEFORE:
-            killed += 1
+        if epoch >= _EVERY * (_COLD_EVERY * len(kills) + 1) - _KILL_BEFORE:
+            kills.append(time.time())
             with contextlib.suppress(psutil.NoSuchProcess):
                 for worker in run.process("tezzeret").children(recursive=True):
                     if "resource_tracker" not in " ".join(worker.cmdline()):
                         worker.kill()
+        if epoch >= _EVERY * (len(others) + 1) + _OTHER_AFTER:
+            began = time.time()
+            subprocess.run(_OTHER_WORK, check=True)
+            others.append(Window(began, time.time()))
         time.sleep(0.05)
     run.until(lambda: len(run.lines(STEP_TIMES_FILE)) > 0 and len(run.metrics()) >= epochs, "the last epoch", 120.0)
+    return kills, others
 
 
 def _placement(run: Run) -> dict[str, Any]:
@@ -236,15 +290,19 @@ def _placement(run: Run) -> dict[str, Any]:
 
 def _figures(
     pairs: Sequence[Pair], field: str, sides: Callable[[Pair], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
-) -> dict[str, Any]:
-    values = [
-        ([step[field] for step in control], [step[field] for step in treated])
-        for control, treated in (sides(one) for one in pairs)
-    ]
-    return {
-        name: measure.change_percent(values, statistic)
-        for name, statistic in (("median", measure.median), ("p99", measure.p99))
-    }
+) -> dict[str, Any] | None:
+    return _changes(
+        [
+            ([step[field] for step in control], [step[field] for step in treated])
+            for control, treated in (sides(one) for one in pairs)
+        ]
+    )
+
+
+def _changes(values: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any] | None:
+    """Of the median and of the tail; None where nothing was measured."""
+    statistics_of = (("median", measure.median), ("p99", measure.p99))
+    return {name: measure.change_percent(values, statistic) for name, statistic in statistics_of} if values else None
 
 
 # ---- once it is part of the network ----------------------------------------------------------------------------------
@@ -368,11 +426,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         low, high = change[interval]
         return f"{change[percent]:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
+    def tail(changes: dict[str, Any] | None) -> str:
+        return "not measured" if changes is None else row(changes["p99"], "pooled_percent", "pooled_interval")
+
     rows = [
-        ("windows, steps in them", f"{live['windows']}, {live['steps']}, {json.dumps(live['window_seconds'])} s"),
+        ("windows, steps in them", f"{live['windows']}, {live['steps']}"),
         ("step time, median", row(live["step_time"]["median"])),
-        ("step time, p99", row(live["step_time"]["p99"], "pooled_percent", "pooled_interval") + " (limit 5 %)"),
-        ("p99 of idle steps against idle steps", row(live["noise"]["p99"], "pooled_percent", "pooled_interval")),
+        ("step time, p99", f"{tail(live['step_time'])} (limit 5 %)"),
+        *(
+            (f"p99, {name.replace('_', ' ')}", f"{tail(live[name]['step_time'])}, {live[name]['steps']} steps")
+            for name in ("warm", "cold", "other_work")
+        ),
+        ("p99, cold against other work", tail(live["cold_against_other_work"])),
+        ("p99, idle steps against idle steps", tail(live["noise"])),
         ("steps that waited", str(live["steps_that_waited"])),
         *(
             (f"fossilized {name}", f"{row(found)}, memory {found['memory_percent']:+.2f} %")

@@ -106,7 +106,8 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
         {"kind": "transition", "seed": "seed-1", "to_state": state, "epoch": epoch, "time": moment}
         for state, epoch, moment in story
     ]
-    (pair,) = adaptation_stall.pair(steps, lines, per_epoch=4)
+    busy = adaptation_stall.busy_epochs(lines)
+    (pair,) = adaptation_stall.pair(steps, adaptation_stall.windows(lines), busy, per_epoch=4)
     assert [step["step"] for step in pair.steps] == [21, 22, 23]
     assert [step["step"] for step in pair.idle] == [17, 18, 19]
     assert [step["step"] for step in pair.other_idle] == [13, 14, 15]

@@ -246,7 +246,12 @@ class EvaluationConfig(Section):
         description="A seed whose interval says neither, twice. plan: it stays if it did good on the sample and all "
         "seeds of its decision together are proven; cull: it goes.",
     )
-    cull: Literal["remove", "rewind"] = Field(default="remove", description="How a culled seed leaves after grafting.")
+    cull: Literal["remove", "rewind"] = Field(
+        default="remove",
+        description="How a culled seed leaves after grafting. remove: the network goes on without it. rewind: back to "
+        "its graft, and the steps since then are made again without it; only removed where that would undo another "
+        "seed.",
+    )
 
 
 class BlendConfig(Section):
