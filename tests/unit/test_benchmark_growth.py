@@ -337,6 +337,14 @@ def test_the_rates_of_the_protocol_are_those_that_the_committed_tuning_runs_chos
             assert protocol.entries[entry].rates.items() >= rates.items()
 
 
+@pytest.mark.parametrize("host", GROWTH.probed)
+def test_a_host_whose_width_is_said_to_mislead_was_probed(host: str) -> None:
+    (folder,) = (RUNS / "growth" / f"tuning-{GROWTH.tuning_hash[:12]}").glob("*/")
+    finished = Records(folder).finished()
+    (narrow,), (wide,) = (tuning.probe_gains(GROWTH, finished, host, f"probe_{layer}") for layer in (0, 2))
+    assert narrow + 0.5 < wide, "as many FLOPs are worth more in a layer of the chain than in the narrow one beside it"
+
+
 def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     root, runs_folder = tmp_path / "repository", tmp_path / "runs"
     file = root / "services" / "kasmina" / "engine.py"
