@@ -81,9 +81,10 @@ case "$tier" in
         if [ $# -gt 0 ]; then
             part "tests" covered "$@"
         else
-            # What tests one part at a time shares the two cores; what runs whole systems has them to itself.
-            part "unit and contract tests" covered -m "not full" --numprocesses 2 --dist loadfile
-            part "tests of whole systems" covered -m full
+            # What holds no deadline shares the two cores: file by file in the order of the folders, so that the long
+            # ones (benchmarks, integration) begin and the many short ones of tests/unit fill both cores to the end.
+            part "tests two at a time" covered -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+            part "tests that need the machine" covered -m full
         fi
         part "no process left behind" "$python" .ci/leftovers.py "$ESPER_TEST_RUN"
         part "coverage" coverage_report

@@ -2,7 +2,8 @@
 
 The fast tier is everything but `slow`, `full`, `kafka` and `postgres`. Tests of whole processes (integration, faults,
 benchmarks) are `full`, and have the machine to themselves, unless they say `fast` or `parallel`; the latter are `slow`.
-A test that asks for a broker or a database is marked by its fixture.
+A module that is `parallel` may have tests that are `fast` or `full`. A test that asks for a broker or a database is
+marked by its fixture.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by folder and fixture, so that no tier depends on somebody's memory."""
     for item in items:
         folder = item.path.relative_to(_TESTS).parts[0]
-        if item.get_closest_marker("parallel") is not None:
+        marked = {name for name in ("fast", "full", "parallel") if item.get_closest_marker(name) is not None}
+        if marked == {"parallel"}:
             item.add_marker("slow")
-        elif folder in _WHOLE and item.get_closest_marker("fast") is None:
+        elif folder in _WHOLE and not marked:
             item.add_marker("full")
         for fixture, marker in _FIXTURES.items():
             if fixture in getattr(item, "fixturenames", ()):

@@ -143,7 +143,7 @@ class Supervisor:
 
     ``program`` says how a service is started (the chassis's arguments follow it); ``on_event`` is called in the loop
     with each :class:`Event`. The configuration that the services get is ``config_file``, by default the run folder's.
-    ``services`` are those of :data:`NEEDS` that the job needs: all of them, or none.
+    ``services`` are those of :data:`NEEDS` that are wanted: all of them, none, or some with what they need.
     """
 
     def __init__(

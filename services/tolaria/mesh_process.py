@@ -25,11 +25,11 @@ from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.message import Message
 from opentelemetry import context
 
-# Imported for their types: what is published and shown arrives by name.
-from esper.events.v1 import events_pb2  # noqa: F401
-from esper.kasmina.v1 import kasmina_service_pb2, seed_pb2, topology_pb2  # noqa: F401
+# What is published and shown arrives by name: its messages are registered by these imports.
+from esper.events.v1 import events_pb2  # noqa: F401 - registers its messages
+from esper.kasmina.v1 import kasmina_service_pb2, seed_pb2, topology_pb2  # noqa: F401 - registers its messages
 from esper.tamiyo.v1 import observation_pb2, outcome_pb2
-from esper.tolaria.v1 import run_pb2  # noqa: F401
+from esper.tolaria.v1 import run_pb2  # noqa: F401 - registers its messages
 from services.blueprints.signature import load_public_key
 from services.chassis import logs, process, telemetry
 from services.chassis.config.loader import load_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from tests.benchmarks import adaptation_stall, control_load, dormant, measure, n
 from tests.infrastructure.processes import ROOT
 from tests.infrastructure.runs import SERVICES
 from tests.integration.trainer_harness import WIDEN
+
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(300)]
 
 
 def result_of(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def test_a_change_is_found_between_pairs_and_none_where_there_is_none() -> None:
     assert measure.below(1.0, (-2.0, 2.0)) is None
 
 
+@pytest.mark.full
 def test_control_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(control_load, tmp_path, capsys, "--pairs", "2", "--window", "0.5")
     assert result["calls"]["errors"] == {}
@@ -51,6 +55,7 @@ def test_control_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["environment"]["before"]["processors"] >= 1
 
 
+@pytest.mark.full
 def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(startup, tmp_path, capsys, "--starts", "1")
     assert set(result["services_serving_after_seconds"]) == set(SERVICES)
@@ -72,7 +77,8 @@ def test_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["dormant overhead"]["value"] is None
 
 
-def test_dormant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dormant(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dormant, "DIGITS", dataclasses.replace(dormant.DIGITS, turn_epochs=1))
     result = result_of(dormant, tmp_path, capsys, "--rounds", "3", "--epochs", "2")
     # No timing either: a run without growth is the plain loop, to the last bit.
     assert result["different"] == []

@@ -21,6 +21,8 @@ from tests.benchmarks.growth.records import Records
 from tests.benchmarks.growth.runner import Runner
 from tests.infrastructure.processes import ROOT
 
+pytestmark = pytest.mark.parallel
+
 _SECONDS = 200
 _SCRIPT = """
 import sys

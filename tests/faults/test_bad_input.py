@@ -12,7 +12,7 @@ import pytest
 
 from tests.infrastructure.runs import Ended, running
 
-pytestmark = [pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(240)]
 
 
 def _one_message(ended: Ended, code: int, *words: str) -> None:
@@ -34,7 +34,6 @@ def _cifar(folder: Path, *, truncated: str) -> None:
         (folder / name).write_bytes(content[: len(content) // 2] if name == truncated else content)
 
 
-@pytest.mark.slow
 def test_a_truncated_data_file(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     _cifar(folder, truncated="data_batch_1")
@@ -43,7 +42,6 @@ def test_a_truncated_data_file(tmp_path: Path) -> None:
         assert run.left_over() == []
 
 
-@pytest.mark.slow
 def test_missing_data_files(tmp_path: Path) -> None:
     with running(tmp_path / "out", "data.name=cifar10", f"data.data_dir={tmp_path / 'nowhere'}", "compare=[]") as run:
         _one_message(run.wait(), 1, str(tmp_path / "nowhere"))
@@ -58,7 +56,6 @@ def closed_port() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
-@pytest.mark.slow
 def test_a_service_elsewhere_that_cannot_be_reached(tmp_path: Path, closed_port: int) -> None:
     overrides = (f"services.urza.address=127.0.0.1:{closed_port}", "services.startup_timeout_seconds=2", "compare=[]")
     with running(tmp_path, *overrides) as run:
@@ -68,7 +65,6 @@ def test_a_service_elsewhere_that_cannot_be_reached(tmp_path: Path, closed_port:
         assert run.left_over() == []
 
 
-@pytest.mark.slow
 def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

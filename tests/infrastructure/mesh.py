@@ -1,4 +1,4 @@
-"""A whole mesh of real service processes for a test."""
+"""A mesh of real service processes for a test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from services.chassis import telemetry
 from services.chassis.channel import ChannelFactory
 from services.chassis.config.loader import dump, load_config
 from services.chassis.config.schema import EsperConfig
-from services.chassis.supervisor import Supervisor
+from services.chassis.supervisor import NEEDS, Supervisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,16 @@ class LiveMesh:
 
 
 @contextlib.asynccontextmanager
-async def live_mesh(run_dir: Path, overrides: Sequence[str] = ()) -> AsyncIterator[LiveMesh]:
-    """All six services as processes, in a run folder of their own; stopped in the end."""
+async def live_mesh(
+    run_dir: Path, overrides: Sequence[str] = (), *, services: Collection[str] = tuple(NEEDS)
+) -> AsyncIterator[LiveMesh]:
+    """Services as processes, in a run folder of their own; stopped in the end."""
     config = load_config(None, overrides=overrides, environ={}).config
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
     generate_keypair(run_dir / "state" / "keys")
     tracer = telemetry.setup("test", config.telemetry, None, None)
-    async with Supervisor(config, run_dir) as supervisor:
+    async with Supervisor(config, run_dir, services=services) as supervisor:
         await supervisor.start()
         channels = ChannelFactory(config.services, tracer, run_dir=run_dir, run_id=run_dir.name)
         try:

@@ -96,7 +96,7 @@ class Run:
             return self._resumed
         return self.until(lambda: next(iter(set(self._folders(self._output)) - self._before), None), "a run folder")
 
-    def until(self, look: Callable[[], _T | None], what: str, timeout: float = 60.0) -> _T:
+    def until(self, look: Callable[[], _T | None], what: str, timeout: float = 120.0) -> _T:
         """The first true answer of ``look``; fails when the command ends or the time is over before."""
         deadline = time.monotonic() + timeout
         while True:
@@ -186,7 +186,7 @@ class Run:
 
     # ---- ending ----------------------------------------------------------------------------------------------------
 
-    def wait(self, timeout: float = 90.0) -> Ended:
+    def wait(self, timeout: float = 150.0) -> Ended:
         """How it ended."""
         try:
             code = self._process.wait(timeout)

@@ -21,7 +21,7 @@ from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from tests.infrastructure.processes import ROOT, need
 from tests.infrastructure.runs import SHORT, Run, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(300)]
 
 _CLIENTS: Final = ROOT / "clients"
 _SECONDS: Final = 240

@@ -20,7 +20,7 @@ from tests.infrastructure.documented import differences, documented, fields
 from tests.integration.test_main_entrypoint import Ended, running, train
 from tests.integration.trainer_harness import config_of
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(240)]
 
 #: Its second convolution is an eighth of what its neighbours are.
 _STARVED = """

@@ -26,13 +26,14 @@ from services.chassis.channel import wait_until_serving
 from services.chassis.errors import Reason, from_rpc_error
 from tests.infrastructure.mesh import LiveMesh, live_mesh
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(180)]
 _RUN = "runs/r"
 
 
 @pytest.fixture
 async def mesh(tmp_path: Path) -> AsyncIterator[LiveMesh]:
-    async with live_mesh(tmp_path / "run", ["services.kasmina.command_queue_limit=2"]) as live:
+    limits = ["services.kasmina.command_queue_limit=2"]
+    async with live_mesh(tmp_path / "run", limits, services=("kasmina", "tolaria")) as live:
         yield live
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.infrastructure.processes import ROOT, need
 from tests.infrastructure.runs import SERVICES, SHORT, Run, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(300)]
 
 _BUILT: Final = ROOT / ".tools" / "bin" / "grpcurl"
 

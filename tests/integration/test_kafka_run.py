@@ -12,7 +12,7 @@ from tests.infrastructure.kafka import KafkaBroker
 from tests.infrastructure.processes import free_ports
 from tests.infrastructure.runs import SHORT, json_lines, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(300)]
 
 
 def _stored(broker: KafkaBroker, topic: str) -> list[bytes]:

@@ -22,6 +22,8 @@ import pytest
 from tests.infrastructure.documented import differences, documented, fields
 from tests.infrastructure.processes import ROOT, free_ports
 
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(240)]
+
 #: A run of seconds: a narrow host, two decisions, no controls.
 SHORT = ("training.epochs=4", "data.limit=256", "model.widths=[2, 3]", "training.device=cpu", "growth.decisions=1")
 
@@ -46,7 +48,7 @@ class Ended:
 
 def train(*arguments: str, sets: tuple[str, ...] = (), env: dict[str, str] | None = None) -> Ended:
     done = subprocess.run(
-        command(*arguments, sets=sets), capture_output=True, text=True, timeout=100, env={**os.environ, **(env or {})}
+        command(*arguments, sets=sets), capture_output=True, text=True, timeout=150, env={**os.environ, **(env or {})}
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -73,7 +75,7 @@ class Running:
         self.process.send_signal(number)
 
     def end(self) -> Ended:
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=120)
         return Ended(self.process.returncode, out, "".join(self.said) + err)
 
 
@@ -257,7 +259,7 @@ def test_services_only_serves_until_it_is_interrupted(tmp_path: Path, flags: tup
         else:
             assert "grpcurl -plaintext 127.0.0.1:" in line
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
 
@@ -352,6 +354,7 @@ def test_a_resumed_run_keeps_its_configuration(whole: tuple[Ended, Path]) -> Non
     assert (done.code, "data.data_dir is null, not elsewhere" in done.err) == (2, True)
 
 
+@pytest.mark.full
 def test_interrupts_save_and_resume_goes_on_with_one_train_py_at_a_time(tmp_path: Path) -> None:
     sets = (*SHORT, "training.epochs=3000", "growth.enabled=false")
     with running("--json", "--output", str(tmp_path), sets=sets) as run:
@@ -387,6 +390,7 @@ def test_interrupts_save_and_resume_goes_on_with_one_train_py_at_a_time(tmp_path
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
+@pytest.mark.full
 def test_what_is_killed_comes_back_and_a_training_process_so_often_and_no_more(tmp_path: Path) -> None:
     sets = (*SHORT, "training.epochs=3000", "growth.enabled=false", "training.max_restarts=1")
     with running("--json", "--output", str(tmp_path), sets=sets) as run:
@@ -469,7 +473,7 @@ def test_the_live_view_on_a_terminal(tmp_path: Path) -> None:
     )
     os.close(inner)
     reader.start()
-    assert process.wait(timeout=100) == 0
+    assert process.wait(timeout=150) == 0
     reader.join()
     os.close(terminal)
     text = seen.decode()
@@ -482,6 +486,6 @@ def test_the_live_view_on_a_terminal(tmp_path: Path) -> None:
 def test_make_run_is_the_readmes_first_command(tmp_path: Path) -> None:
     assert shutil.which("make"), "make is there"
     arguments = f"ARGS=--dry-run --output {tmp_path}"
-    done = subprocess.run(["make", "-s", "run", arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(["make", "-s", "run", arguments], cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert "plan: start urza" in done.stdout

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.chassis.channel import ADDRESSES_DIR
 from services.chassis.telemetry import read_traces
 
+pytestmark = pytest.mark.parallel
 _ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -26,6 +26,7 @@ from services.chassis.errors import EsperError, Reason
 from services.chassis.supervisor import MAX_BACKOFF_SECONDS, NEEDS, Event, Job, State, Supervisor, place
 from tests.support.echo import Running, running
 
+pytestmark = pytest.mark.parallel
 _ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -19,13 +19,13 @@ from services.chassis.channel import wait_until_serving
 from services.chassis.errors import Reason, from_rpc_error
 from tests.infrastructure.mesh import LiveMesh, live_mesh
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(180)]
 _SLOT = "runs/r/slots/a"
 
 
 @pytest.fixture
 async def mesh(tmp_path: Path) -> AsyncIterator[LiveMesh]:
-    async with live_mesh(tmp_path / "run") as live:
+    async with live_mesh(tmp_path / "run", services=("tamiyo",)) as live:
         yield live
 
 

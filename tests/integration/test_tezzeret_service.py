@@ -1,4 +1,4 @@
-"""Tezzeret as a process in a real mesh: kernels in Urza, events on Oona, and nothing takes it down."""
+"""Tezzeret as a process among those it needs: kernels in Urza, events on Oona, and nothing takes it down."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from services.chassis.errors import Reason, from_rpc_error
 from tests.infrastructure.mesh import LiveMesh, live_mesh
 from tests.support.interfaces import SPAN, WIDTH
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(240)]
+_SERVICES = ("urza", "oona", "tezzeret")
 _RUNNING = (jobs.COMPILE_STATE_QUEUED, jobs.COMPILE_STATE_RUNNING)
 
 
 @pytest.fixture
 async def mesh(tmp_path: Path) -> AsyncIterator[LiveMesh]:
-    async with live_mesh(tmp_path / "run") as live:
+    async with live_mesh(tmp_path / "run", services=_SERVICES) as live:
         yield live
 
 
@@ -211,7 +212,7 @@ async def test_a_cancelled_job_never_becomes_a_kernel(mesh: LiveMesh) -> None:
     ],
 )
 async def test_a_job_that_takes_too_much_ends_with_its_reason(tmp_path: Path, override: str, reason: Reason) -> None:
-    async with live_mesh(tmp_path / "run", [override]) as mesh:
+    async with live_mesh(tmp_path / "run", [override], services=_SERVICES) as mesh:
         # Torch with a large branch is far above the least memory a worker can be given.
         large = Interface(SPAN.kind, (512, 64, 64), (512, 64, 64))
         spec = wanted(await blueprint(mesh, "residual_bottleneck"), large)

@@ -32,7 +32,7 @@ from services.tolaria.training_process import main, wait_for_services
 from tests.integration.live_services import Services, until
 from tests.integration.trainer_harness import config_of
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.parallel, pytest.mark.timeout(240)]
 ROOT = Path(__file__).resolve().parents[2]
 
 

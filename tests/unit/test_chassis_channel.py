@@ -169,7 +169,7 @@ async def test_a_server_that_says_not_serving_gets_no_calls() -> None:
 @pytest.mark.slow
 async def test_pings_more_often_than_grpc_likes_are_allowed() -> None:
     """With grpc's own policy the third ping within five minutes ends the connection: the control shows it."""
-    options = (("grpc.keepalive_time_ms", 6_000), ("grpc.http2.max_pings_without_data", 0))
+    options = (("grpc.keepalive_time_ms", 1_000), ("grpc.http2.max_pings_without_data", 0))
     default = grpc.aio.server()
     servicer = EchoServicer(asyncio.Event())
     pb_grpc.add_EchoServiceServicer_to_server(servicer, default)
