@@ -60,7 +60,7 @@ def easy_images(seed: int = 0) -> DataSet:
 
 def figures() -> dict[str, dict[str, Any]]:
     """Losses by epoch, widths and the first batches of every arm of every entry; about fifteen seconds."""
-    made = {}
+    made: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="esper-canary-") as name:
         for prefix, entry in _ENTRIES.items():
             protocol = Protocol(name="canary", entries={"balanced": entry}, contrasts=())
