@@ -970,10 +970,10 @@ def test_a_resume_after_a_callers_rollback_equals_its_twin(tmp_path: Path, when:
         if name == "resumed":
             save, step = trainer.save, trainer.train_step
 
-            def dying_save(trainer: TolariaTrainer = trainer, save: Any = save) -> bool:
+            def dying_save(trainer: TolariaTrainer = trainer, save: Any = save, *, newest: bool = False) -> bool:
                 if trainer.governor.rollbacks and when == "before it was saved":
                     raise KeyboardInterrupt
-                return bool(save())
+                return bool(save(newest=newest))
 
             def dying_step(trainer: TolariaTrainer = trainer, step: Any = step) -> None:
                 if trainer.governor.rollbacks and trainer.step == 15:
