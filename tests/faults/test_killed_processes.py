@@ -64,7 +64,7 @@ def test_a_killed_training_process_is_resumed_and_equals_its_twin(
 
 def test_a_run_killed_after_its_rewind_equals_its_host(tmp_path: Path) -> None:
     """Every seed fails and is rewound, so that growth leaves nothing behind but its bill: the host is the twin."""
-    overrides = ("training.epochs=8", "growth.evaluation.min_epochs=1", "growth.evaluation.threshold=100")
+    overrides = ("training.epochs=6", "growth.evaluation.min_epochs=1", "growth.evaluation.threshold=100")
     with running(tmp_path, *SHORT, *overrides, "growth.evaluation.cull=rewind", "compare=[host]") as run:
         run.until(lambda: [line for line in run.lines("events.jsonl") if line["kind"] == "rewind"], "a rewind")
         run.kill("training")
