@@ -165,6 +165,36 @@ def test_blocks_of_torchs_own_grow_in_a_run(tmp_path: Path) -> None:
         assert torch.equal(rebuilt.eval()(batch), trainer.model.eval()(batch))
 
 
+class Cropped(nn.Module):
+    """Keeps as many columns as the size of the batch says."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[..., : 3 + images.shape[0] % 5]
+
+
+def test_a_layer_whose_shapes_change_with_the_batch_is_refused_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        around = (nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), Cropped(), nn.ReLU())
+        return nn.Sequential(
+            *around, nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+        )
+
+    policy = grow_once(("0", WIDEN, 2), ("2", WIDEN, 2), ("5", WIDEN, 2))
+    harness = Harness(tmp_path, keep_config(), policy)
+    trainer = harness.trainer(build_host=build)
+    per_batch = {len(batch) for batch in trainer.health_batches()} | {harness.config.data.batch_size}
+    assert len({size % 5 for size in per_batch}) > 1, "batches of other sizes are looked at than trained on"
+    result = trainer.train()
+    assert "takes a part of it" in trainer.engine.refused()["2"]
+    assert "2 was not germinated: there is no slot '2': getitem takes a part of it" in caplog.text
+    grown = {record.slot: record.outcome for record in trainer.engine.seeds()}
+    assert grown == {"0": SeedState.FOSSILIZED, "5": SeedState.FOSSILIZED}
+    assert result.test_accuracy is not None
+
+
 def test_a_plan_is_grafted_judged_and_fossilized(tmp_path: Path) -> None:
     harness = Harness(tmp_path, keep_config(), ONCE)
     trainer = harness.trainer()
@@ -233,6 +263,51 @@ def test_a_branch_walks_its_whole_path(tmp_path: Path) -> None:
         "FINE_TUNING",
         "FOSSILIZED",
     ]
+
+
+@pytest.mark.parametrize("schedule", ["performance", "drift", "gradient"])
+def test_a_branch_is_let_in_by_every_schedule_and_by_one_that_died_halfway(tmp_path: Path, schedule: str) -> None:
+    growth = {"isolation_steps": 4, "blend_steps": 4, "stabilization_steps": 2, "fine_tuning_steps": 2}
+    # No bound of the change per step that lets alpha jump, and none that outlasts the run.
+    blend = {"schedule": schedule, "max_steps": 60, "drift": 0.05}
+    config = config_of(
+        model={"widths": [3, 3, 3]},
+        training={"epochs": 12},
+        growth={"evaluation": KEEP, "window": [0.05, 0.2], "blend": blend, **growth},
+    )
+    policy = grow_once(("span:groups.2", BRANCH, 2))
+    (tmp_path / "whole").mkdir()
+    whole = Harness(tmp_path / "whole", config, policy).trainer()
+    shares = watch_shares(whole)
+    whole.train()
+    (record,) = whole.engine.seeds()
+    assert record.state is SeedState.FOSSILIZED, record.reason
+    blending = {step: share for step, (state, share) in shares.items() if state is SeedState.GRAFTING}
+    assert next(iter(blending.values())) == 0.0
+    assert list(shares.values())[-1] == (SeedState.FOSSILIZED, 1.0)
+    between = {step: share for step, share in blending.items() if 0.0 < share < 1.0}
+    assert len(set(between.values())) >= 3, blending
+    halfway = sorted(between)[len(between) // 2]
+    resumed, _ = run_killed_at(tmp_path / "killed", halfway, policy, config)
+    again = watch_shares(resumed)
+    resumed.train()
+    assert again == {step: shares[step] for step in again}
+    assert set(between) & set(again)
+    assert same(weights(resumed), weights(whole))
+
+
+def watch_shares(trainer: TolariaTrainer) -> dict[int, tuple[SeedState, float]]:
+    """State and alpha of the newest seed before each step that is made."""
+    seen: dict[int, tuple[SeedState, float]] = {}
+    original = trainer.train_step
+
+    def watching() -> None:
+        if records := trainer.engine.seeds():
+            seen[trainer.step] = records[-1].state, records[-1].alpha
+        original()
+
+    trainer.train_step = watching  # type: ignore[method-assign]  # a look between two steps
+    return seen
 
 
 def test_a_refused_kernel_cancels_its_seed_and_training_goes_on(tmp_path: Path) -> None:
