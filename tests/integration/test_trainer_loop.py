@@ -20,7 +20,7 @@ from esper.tamiyo.v1 import observation_pb2
 from esper.tolaria.v1 import run_pb2
 from services.blueprints.spec import Blueprint
 from services.kasmina.lifecycle import SeedState
-from services.kasmina.model import SlotOccupancy
+from services.kasmina.model import SlotKind, SlotOccupancy
 from services.tamiyo import wire
 from services.tamiyo.observation import cost_of
 from services.tolaria import controls, models, rebuild
@@ -44,6 +44,7 @@ from tests.integration.trainer_harness import (
     same,
     weights,
 )
+from tests.support.growth import DepthwiseNet, Perceptron, ResidualNet, VisionTransformer
 from tests.support.networks import EncoderStack
 
 pytestmark = pytest.mark.parallel
@@ -163,6 +164,37 @@ def test_blocks_of_torchs_own_grow_in_a_run(tmp_path: Path) -> None:
     batch = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(batch), trainer.model.eval()(batch))
+
+
+@pytest.mark.parametrize("host", [Perceptron, ResidualNet, DepthwiseNet, VisionTransformer])
+def test_every_kind_of_network_grows_wherever_it_can_in_one_run(tmp_path: Path, host: type[nn.Module]) -> None:
+    """All its slots at once: residual streams, the two sides of a depthwise layer, features of a transformer."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        model = host()
+        holder, name = (model.layers, "6") if isinstance(model, Perceptron) else (model, "head")
+        before = holder.get_submodule(name)
+        assert isinstance(before, nn.Linear)
+        setattr(holder, name, nn.Linear(before.in_features, 10))  # the digits have ten classes
+        return model
+
+    def everywhere(observation: observation_pb2.Observation) -> Sequence[tuple[str, Blueprint, int]]:
+        return [(name, WIDEN, 2) for name in slots] if observation.decisions_left > 1 else ()
+
+    harness = Harness(tmp_path, keep_config(), everywhere)
+    trainer = harness.trainer(build_host=build)
+    slots = [slot.name for slot in trainer.engine.slots() if slot.kind is SlotKind.WIDTH]
+    result = trainer.train()
+    records = trainer.engine.seeds()
+    assert sorted(record.slot for record in records) == sorted(slots)
+    assert {record.state for record in records} == {SeedState.FOSSILIZED}
+    assert result.parameters > trainer.host_parameters
+    rebuilt = rebuild.grow(build(), changes(trainer.engine))
+    rebuilt.load_state_dict(weights(trainer))
+    batch = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(rebuilt.eval()(batch), trainer.model.eval()(batch), rtol=1e-5, atol=1e-6)
 
 
 class Cropped(nn.Module):
