@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from esper.kasmina.v1 import seed_pb2
 from esper.tamiyo.v1 import observation_pb2
 from esper.tolaria.v1 import run_pb2
-from services.blueprints.spec import Blueprint
+from services.blueprints.spec import Blueprint, SlotKind
 from services.kasmina.lifecycle import SeedState
-from services.kasmina.model import SlotKind, SlotOccupancy
+from services.kasmina.model import SlotOccupancy
 from services.tamiyo import wire
 from services.tamiyo.observation import cost_of
 from services.tolaria import controls, models, rebuild
