@@ -688,22 +688,26 @@ class GrowthEngine:
         self.seed(seed_id)
         return [self._leave(seed_id, SeedState.CANCELLED, step, reason)]
 
-    def cull(self, seed_id: str, *, mode: str = "remove", step: int, reason: str) -> list[SeedTransition]:
+    def cull(self, seed_id: str, *, step: int, reason: str) -> list[SeedTransition]:
         """Remove a seed that is not fossilized. The slot rests, the blueprint is penalized there.
 
         Culled before it was grafted, the network is bit-identical to one that never had it; later it is exactly
-        the network with alpha 0 at its present weights. With mode ``rewind`` the trainer also goes back to the
-        snapshot it took at the graft, see :meth:`take_out`.
+        the network with alpha 0 at its present weights. Who wants its steps taken back too has a state from before
+        the graft: see :meth:`take_out`.
 
         Raises:
             UnknownSeedError: There is no such seed.
             IllegalTransitionError: It is not in a state that can be culled.
         """
         self.seed(seed_id)
-        return [self._leave(seed_id, SeedState.CULLED, step, f"{reason} ({mode})")]
+        return [self._leave(seed_id, SeedState.CULLED, step, reason)]
+
+    def explain(self, seed_id: str, more: str) -> None:
+        """Add to the reason why a seed is in its state. Raises UnknownSeedError."""
+        self._update(seed_id, reason=f"{self.seed(seed_id).reason}; {more}")
 
     def take_out(self, ended: Iterable[SeedRecord], penalties: Mapping[str, Mapping[str, float]]) -> None:
-        """Go on without seeds that were culled after this state was saved: their records stay, as they ended.
+        """Go on without seeds that ended after this state was saved: their records stay, as they ended.
 
         Right after a graft, before any optimizer step, this leaves the network bit-identical to one without them.
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 #: Forward and backward of one sample cost three forward passes (two of them are the backward).
 TRAINING_FACTOR = 3
 #: Where the FLOPs of a run went, as its summary tells it. ``culled_seeds`` (what seeds that were not kept added to the
-#: steps) and ``discarded`` (steps that were taken back) are parts of ``training``; ``health`` and ``counterfactuals``
-#: are ``growth``; ``total`` is training, growth and validation.
+#: steps) and ``discarded`` (steps that were taken back) are parts of ``training``, what rewound seeds added is in both;
+#: ``health`` and ``counterfactuals`` are ``growth``; ``total`` is training, growth and validation.
 FLOPS: Final = (
     "training",
     "culled_seeds",

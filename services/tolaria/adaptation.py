@@ -20,7 +20,7 @@ from services.chassis.errors import Reason
 from services.chassis.telemetry import ROOT, Telemetry, context_from, current_traceparent, link_to
 from services.kasmina.engine import GrowthEngine
 from services.kasmina.errors import SlotUnavailableError, UnknownSeedError, UnknownSlotError
-from services.kasmina.lifecycle import ALIVE, IN_FORWARD, IllegalTransitionError, SeedState
+from services.kasmina.lifecycle import ALIVE, IllegalTransitionError, SeedState
 from services.kasmina.model import Contribution, HealthReport, Replacement, SeedRecord, SeedTransition
 from services.tolaria.errors import JournalError
 from services.tolaria.journal import Clock, Entry, Journal
@@ -105,8 +105,12 @@ class _Story:
     ended: dict[str, str] = field(default_factory=dict)
     #: Optimizer steps that seeds which are gone took part in.
     steps: dict[str, int] = field(default_factory=dict)
+    #: Step at which each seed was grafted.
+    grafted: dict[str, int] = field(default_factory=dict)
     #: Seeds culled after grafting whose steps are still to be taken back, under evaluation.cull: rewind.
     to_rewind: list[str] = field(default_factory=list)
+    #: Seeds whose steps were taken back.
+    rewound: list[str] = field(default_factory=list)
 
 
 class AdaptationCoordinator:
@@ -363,9 +367,7 @@ class AdaptationCoordinator:
                 with self._adaptation(command.command_id):
                     seed = self._germinate(change, command.command_id, command.command_id, entry.clock, epoch).seed
             else:
-                transitions = self.engine.cull(
-                    seed, mode=self._config.evaluation.cull, step=step, reason=command.reason or "asked for by a caller"
-                )
+                transitions = self.engine.cull(seed, step=step, reason=command.reason or "asked for by a caller")
         except ValueError as error:
             self._story.refusals[command.command_id] = (_reason_of(error), str(error))
             self._refuse(command, step, seed)
@@ -392,23 +394,46 @@ class AdaptationCoordinator:
             with self._span("transition", self._story.origins.get(seed, "")):
                 story = [transition for transition in transitions if transition.seed == seed]
                 self._witness.transitioned(story, self.engine, epoch)
+                for transition in story:
+                    if transition.to_state is SeedState.GRAFTING:
+                        self._story.grafted[seed] = transition.step
                 if records[seed].outcome is not None and seed not in self._story.ended:
                     self._story.ended[seed] = records[seed].reason
                     born = records[seed].birth_step
                     self._story.steps[seed] = story[-1].step - born if born is not None else 0
-                    if self._config.evaluation.cull == "rewind" and _left_the_network(story[-1]):
+                    if self._left_steps(records[seed], story[-1].step):
                         self._story.to_rewind.append(seed)
                     self._witness.ended(records[seed], self._story.decisions.get(seed, ""))
         return True
+
+    def _left_steps(self, record: SeedRecord, step: int) -> bool:
+        """Whether a seed that ended at ``step`` was culled with steps to be taken back: made since its graft."""
+        if self._config.evaluation.cull != "rewind" or record.outcome is not SeedState.CULLED:
+            return False
+        return record.graft_epoch is not None and self._story.grafted.get(record.seed) != step
+
+    def grafted_at(self, step: int) -> set[str]:
+        """Seeds that were grafted at ``step``."""
+        return {seed for seed, grafted in self._story.grafted.items() if grafted == step}
 
     @property
     def to_rewind(self) -> tuple[str, ...]:
         """Seeds culled after grafting whose steps are still to be taken back."""
         return tuple(self._story.to_rewind)
 
-    def rewound(self) -> None:
-        """Nothing is left to be taken back: it was, or could not be."""
+    def settle_rewind(self, note: str, *, rewound: bool) -> None:
+        """Nothing is left to be taken back: it was, or could not be. ``note`` becomes part of the seeds' reasons."""
+        for seed in self._story.to_rewind:
+            self.engine.explain(seed, note)
+            self._story.ended[seed] += f"; {note}"
+        self._story.rewound += self._story.to_rewind if rewound else []
         self._story.to_rewind.clear()
+
+    def traceless(self, record: SeedRecord) -> bool:
+        """Whether a seed is gone as if it had never been: it left before its graft, or its steps were taken back."""
+        if record.outcome not in {SeedState.CANCELLED, SeedState.CULLED}:
+            return False
+        return record.graft_epoch is None or record.seed in self._story.rewound
 
     def reason(self, record: SeedRecord) -> str:
         """Why a seed is what it is, or how it ended."""
@@ -463,13 +488,9 @@ class AdaptationCoordinator:
             self.follow(self._judge(evaluating, epoch, step, measure), epoch)
         for record in self.alive():
             self.follow(
-                self.engine.cull(record.seed, mode="remove", step=step, reason="the run ended before it was settled"),
+                self.engine.cull(record.seed, step=step, reason="the run ended before it was settled"),
                 epoch,
             )
-
-
-def _left_the_network(end: SeedTransition) -> bool:
-    return end.to_state is SeedState.CULLED and end.from_state in IN_FORWARD
 
 
 def _reason_of(error: ValueError) -> str:

@@ -57,8 +57,11 @@ class CheckpointStore:
         self._folder = folder
         self._keep = keep
 
-    def save(self, step: int, state: State) -> Path:
+    def save(self, step: int, state: State, *, newest: bool = False) -> Path:
         """Write the checkpoint of ``step``, replacing one of the same step, and remove the oldest.
+
+        With ``newest`` those of later steps are removed once it is written: the run went back, and it alone tells
+        where the run is.
 
         Raises CheckpointWriteError when the disk is full or gone; everything written before is intact then.
         """
@@ -84,6 +87,8 @@ class CheckpointStore:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointWriteError(f"checkpoint {target} was not written: {error.strerror}") from error
+        if newest:
+            self.discard_after(step)
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return target

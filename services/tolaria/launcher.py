@@ -276,6 +276,7 @@ class Launcher:
             "arms": {},
             "growth_seconds": None,
             "rollbacks": None,
+            "rewinds": None,
             "budget": dict.fromkeys(BUDGET),
             "kernel_cache": dict.fromkeys(CACHE),
             "export": None,

@@ -138,6 +138,10 @@ def _circumstances(summary: Mapping[str, Any]) -> list[str]:
         told += [f"Host and bigger were trained {length}."] if length else []
     if (start := summary.get("start_accuracy")) is not None:
         told.append(f"Before the first step the trained host stood at {start:.2f} % on the validation split.")
+    if rewinds := summary.get("rewinds"):
+        told.append(
+            f"Rewound to the graft of a failed trial, and the steps since then made again without it: {rewinds}x."
+        )
     return told
 
 

@@ -87,16 +87,16 @@ class RunReporter:
 
     # ---- the course of training ------------------------------------------------------------------------------------
 
-    def rewind(self, step: int, *, decided: int | None = None) -> None:
+    def rewind(self, step: int, *, decided: int = 0) -> None:
         """Forget the epochs and decisions after ``step``: the run goes on from there and will meet them again.
 
-        Those until ``decided`` it will not: they are kept.
+        Decisions until step ``decided`` it will not meet: they are kept.
         """
-        for name, last in ((METRICS_FILE, step), (DECISIONS_FILE, step if decided is None else decided)):
+        for name, last in ((METRICS_FILE, step), (DECISIONS_FILE, max(step, decided))):
             path = self._folder / name
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if not self._ahead(line, last)]
-            path.write_text("".join(kept), encoding="utf-8")
+            self._rewrite(name, "".join(kept))
 
     def _ahead(self, line: str, step: int) -> bool:
         try:
@@ -179,27 +179,40 @@ class RunReporter:
 
     def rolled_back(self, *, from_step: int, to_step: int, reason: str, seeds: Sequence[str]) -> None:
         """The governor or a caller restored an earlier state."""
+        self._publish_return(from_step, to_step, reason, seeds)
+        self._event("rollback", from_step=from_step, to_step=to_step, reason=reason, seeds=list(seeds))
+        self.status("training", f"rolled back from step {from_step} to {to_step}: {reason}", seeds=list(seeds))
+
+    def rewound(self, engine: GrowthEngine, *, from_step: int, to_step: int, seeds: Sequence[str]) -> None:
+        """The steps since the graft of culled seeds were taken back and are made again without them."""
+        reason = f"these steps are made again without {', '.join(seeds)}"
+        # No seed is blamed for it, so none is named as locked.
+        self._publish_return(from_step, to_step, f"rewound: {reason}", [])
+        self._event("rewind", from_step=from_step, to_step=to_step, seeds=list(seeds))
+        self.status("training", f"rewound from step {from_step} to {to_step}: {reason}", seeds=list(seeds))
+        self._show_ended(engine, seeds)
+
+    def not_rewound(self, engine: GrowthEngine, *, step: int, seeds: Sequence[str], reason: str) -> None:
+        """Culled seeds were only removed, though a rewind was asked for."""
+        self._event("rewind refused", step=step, seeds=list(seeds), reason=reason)
+        self.status("training", f"{', '.join(seeds)}: removed, not rewound: {reason}", seeds=list(seeds))
+        self._show_ended(engine, seeds)
+
+    def _publish_return(self, from_step: int, to_step: int, reason: str, locked: Sequence[str]) -> None:
         event = events_pb2.RolledBack(
             run=self._picture.name,
             from_step=from_step,
             to_step=to_step,
             reason=reason,
-            seeds=[seed_name(self._run, seed) for seed in seeds],
+            seeds=[seed_name(self._run, seed) for seed in locked],
         )
         self._mesh.publish("system.events.rollback", self._run, event)
-        self._event("rollback", from_step=from_step, to_step=to_step, reason=reason, seeds=list(seeds))
-        self.status("training", f"rolled back from step {from_step} to {to_step}: {reason}", seeds=list(seeds))
 
-    def rewound(self, *, from_step: int, to_step: int, seeds: Sequence[str]) -> None:
-        """The steps since the graft of culled seeds were taken back and are made again without them."""
-        self._event("rewind", from_step=from_step, to_step=to_step, seeds=list(seeds))
-        message = f"rewound from step {from_step} to {to_step}: {', '.join(seeds)} had never been grafted"
-        self.status("training", message, seeds=list(seeds))
-
-    def not_rewound(self, *, step: int, seeds: Sequence[str], reason: str) -> None:
-        """Culled seeds were only removed, though a rewind was asked for."""
-        self._event("rewind refused", step=step, seeds=list(seeds), reason=reason)
-        self.status("training", f"{', '.join(seeds)}: removed, not rewound: {reason}", seeds=list(seeds))
+    def _show_ended(self, engine: GrowthEngine, seeds: Sequence[str]) -> None:
+        """Why seeds are gone was added to."""
+        for seed in seeds:
+            self._mesh.show(observation.seed_to_proto(self._run, engine.seed(seed), self._transitions.get(seed, [])))
+        self._write_lineage(engine)
 
     def topology(self, engine: GrowthEngine, *, epoch: int, step: int) -> None:
         """The network changed, or is new."""
@@ -309,7 +322,9 @@ class RunReporter:
 
     def _write_lineage(self, engine: GrowthEngine) -> None:
         content = json.dumps(finite(engine.lineage()), indent=1) + "\n"
-        name = LINEAGE_FILE if self._arm == GROWN else f"lineage-{self._arm}.json"
+        self._rewrite(LINEAGE_FILE if self._arm == GROWN else f"lineage-{self._arm}.json", content)
+
+    def _rewrite(self, name: str, content: str) -> None:
         try:
             write_atomically(self._folder / name, content, fsync=False)
         except EsperError as error:

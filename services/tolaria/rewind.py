@@ -7,7 +7,7 @@ What other seeds became meanwhile would be undone by that; then the seed is only
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor
@@ -21,21 +21,24 @@ _PREFIX: Final = "snapshot/"
 _BY_STEPS: Final = frozenset({SeedState.GRAFTING, SeedState.STABILIZATION, SeedState.EVALUATING})
 
 
+class NoWayBackError(ValueError):
+    """The steps of a culled seed cannot be taken back; says why."""
+
+
 class Snapshots:
     """The snapshots of a run by seed: one for each seed on trial, those grafted together share theirs."""
 
     def __init__(self) -> None:
         self._states: dict[str, State] = {}
 
-    def of(self, seed: str) -> State | None:
-        """The state at the seed's graft; None if there is none."""
-        return self._states.get(seed)
+    def missing(self, records: Iterable[SeedRecord]) -> set[str]:
+        """Seeds on trial without a snapshot."""
+        return _on_trial(records) - self._states.keys()
 
-    def missing(self, records: Iterable[SeedRecord]) -> list[str]:
-        """Forget seeds that are no longer on trial; those on trial without a snapshot."""
-        on_trial = [record.seed for record in records if record.state in ALIVE & IN_FORWARD]
+    def forget_settled(self, records: Iterable[SeedRecord]) -> None:
+        """Forget seeds that are no longer on trial."""
+        on_trial = _on_trial(records)
         self._states = {seed: state for seed, state in self._states.items() if seed in on_trial}
-        return [seed for seed in on_trial if seed not in self._states]
 
     def keep(self, seeds: Iterable[str], state: State) -> None:
         """``state`` is that of these seeds' graft."""
@@ -44,6 +47,26 @@ class Snapshots:
     def forget_from(self, step: int) -> None:
         """Forget what was taken at ``step`` or later: the run stands there again, or before."""
         self._states = {seed: state for seed, state in self._states.items() if state.values["step"] < step}
+
+    def way_back(self, culled: Collection[str], records: Sequence[SeedRecord], traceless: Collection[str]) -> State:
+        """The state to go back to, so that the seeds in ``culled`` have never been grafted.
+
+        Args:
+            culled: Seeds that left just now.
+            records: All seeds of the run.
+            traceless: Those that are gone as if they had never been.
+
+        Raises:
+            NoWayBackError: There is no snapshot of a graft, or another seed became something else since.
+        """
+        found = [state for seed, state in self._states.items() if seed in culled]
+        if len(found) < len(culled):
+            raise NoWayBackError("there is no snapshot of its graft: the run was not asked to rewind then")
+        first = min(found, key=lambda state: int(state.values["step"]))
+        others = [record for record in records if record.seed not in culled and record.seed not in traceless]
+        if changed := _changed_since(first.values["engine"], others):
+            raise NoWayBackError(f"it would undo what became of {', '.join(changed)} since the graft")
+        return first
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and values for a checkpoint, each shared state once."""
@@ -70,18 +93,14 @@ class Snapshots:
             self.keep(content["seeds"], State(tensors, content["values"]))
 
 
-def changed_since(snapshot: Mapping[str, Any], records: Sequence[SeedRecord], culled: Iterable[str]) -> list[str]:
-    """Seeds beside ``culled`` that became something else since ``snapshot`` (an engine's state as JSON).
+def _on_trial(records: Iterable[SeedRecord]) -> set[str]:
+    return {record.seed for record in records if record.state in ALIVE & IN_FORWARD}
 
-    Germinated, grafted, judged or gone since: a rewind would undo it.
-    """
+
+def _changed_since(snapshot: Mapping[str, Any], records: Iterable[SeedRecord]) -> list[str]:
+    """Seeds that were germinated, grafted, judged or lost since ``snapshot``, an engine's state as JSON."""
     before = {item["seed"]: _stage(SeedState(item["state"]), item["outcome"]) for item in snapshot["seeds"]}
-    gone = set(culled)
-    return [
-        record.seed
-        for record in records
-        if record.seed not in gone and before.get(record.seed) != _stage(record.state, record.outcome)
-    ]
+    return [record.seed for record in records if before.get(record.seed) != _stage(record.state, record.outcome)]
 
 
 def _stage(state: SeedState, outcome: str | None) -> str:

@@ -243,6 +243,7 @@ class Session:
             "arms": arms,
             "growth_seconds": grown.get("growth_seconds"),
             "rollbacks": growth["rollbacks"],
+            "rewinds": growth["rewinds"],
             "budget": growth["budget"],
             "kernel_cache": growth["kernel_cache"],
             "changes": [{key: change[key] for key in _SHOWN_CHANGE} for change in self._done.get("changes", [])],
@@ -268,6 +269,7 @@ def _growth_summary(trainer: TolariaTrainer, shelf: KernelShelf) -> dict[str, An
         "epochs": trainer.epoch,
         "parameters": trainer.parameter_count(),
         "rollbacks": trainer.governor.rollbacks,
+        "rewinds": trainer.rewinds,
         "budget": _budget_summary(trainer),
         "kernel_cache": {name: getattr(cache, name) for name in CACHE},
         "adaptations": {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,7 +43,7 @@ from services.tolaria.observation import Situation
 from services.tolaria.optimizer import GrowingOptimizer
 from services.tolaria.ports import ADAPTATION_COMMANDS, Command, CommandKind, CommandResult, Mesh
 from services.tolaria.reporting import EpochRecord, RunReporter
-from services.tolaria.rewind import Snapshots, changed_since
+from services.tolaria.rewind import NoWayBackError, Snapshots
 from services.tolaria.schedule import Schedule
 from services.tolaria.seeds import derive
 from services.tolaria.step_times import StepTimes
@@ -393,10 +393,9 @@ class TolariaTrainer:
         self.accuracies.append(self.validation.accuracy)
         self._bill_time()
         self._report_epoch(epoch)
-        if self.grow and self.step >= self.replay_until:
-            self.coordinator.evaluate_due(epoch, self.step, self._measure_contributions)
-            if self._rewind_culled():
-                return
+        if self.grow and self._evaluate(epoch):
+            return
+        if self.grow:
             self._adapt(epoch)
         self._bill_time(growth=True)
         self.epoch_loss = 0.0
@@ -404,9 +403,18 @@ class TolariaTrainer:
         if epoch % self.config.training.checkpoint_every_epochs == 0 or self.step == self.total_steps:
             self.save()
 
+    def _evaluate(self, epoch: int) -> bool:
+        """Judge the seeds that are due; True if the run went back because of those that failed."""
+        if self.step < self.replay_until:
+            return False
+        self.coordinator.evaluate_due(epoch, self.step, self._measure_contributions)
+        return self._rewind_culled(decided=False)
+
     def _adapt(self, epoch: int) -> None:
         """What growth does at the boundary of epochs once seeds are judged, but for what waits for a safe point."""
         self.coordinator.follow(self.engine.expire(epoch), epoch)
+        if self.step < self.replay_until:
+            return
         due = epoch in self.decision_epochs
         if due or self._health_is_due(epoch):
             self._measure_health(epoch)
@@ -518,12 +526,14 @@ class TolariaTrainer:
         while (entry := self.journal.next_at(self.clock, "rollback")) is not None:
             self._apply_rollback(entry)
             changed |= self.coordinator.safe_point(self.clock, self.epoch)
+        # Before commands: a checkpoint that a caller asks for holds them.
+        self._take_snapshots()
         if not self.journal.replaying:
             # What callers want now waits until what they wanted before the crash has been met again.
             for command in self.mesh.commands():
                 changed |= self._obey(command)
-        changed |= self._rewind_culled()
-        self._take_snapshots()
+        changed |= self._rewind_culled(decided=True)
+        self.snapshots.forget_settled(self.engine.seeds())
         if changed or epoch_is_over:
             # After a graft too: a seed that breaks the training is then found in this state, and blamed.
             self._remember()
@@ -698,12 +708,14 @@ class TolariaTrainer:
             ) from error
         self._recall(state)
         self.last_good = good if good is not None else state.detached()
-        # Decisions that lie in a replay are behind the run, though their steps are ahead of it.
-        self.reporter.rewind(self.step, decided=max(self.step, self.replay_until - 1))
+        self.reporter.rewind(self.step, decided=self.replay_until - 1)
         self.reporter.checkpointed(self.step)
 
-    def save(self) -> bool:
-        """Write a checkpoint; False if the disk refused. Training goes on either way."""
+    def save(self, *, newest: bool = False) -> bool:
+        """Write a checkpoint; False if the disk refused. Training goes on either way.
+
+        With ``newest`` those of later steps go: the run went back.
+        """
         if self.checkpoints is None:
             return False
         state = self.capture()
@@ -714,7 +726,7 @@ class TolariaTrainer:
             tensors = {f"last_good/{name}": tensor for name, tensor in self.last_good.tensors.items()}
             state = State({**state.tensors, **tensors}, {**state.values, "last_good": self.last_good.values})
         try:
-            self.checkpoints.save(self.step, state)
+            self.checkpoints.save(self.step, state, newest=newest)
         except CheckpointWriteError as error:
             self.reporter.status("training", f"{error}; training goes on, the checkpoints before it are intact")
             return False
@@ -733,42 +745,54 @@ class TolariaTrainer:
 
     def _take_snapshots(self) -> None:
         """Of seeds that were grafted just now: no step was made with them yet."""
-        if self.config.growth.evaluation.cull == "rewind" and (fresh := self.snapshots.missing(self.engine.seeds())):
+        if self.config.growth.evaluation.cull != "rewind":
+            return
+        if fresh := self.snapshots.missing(self.engine.seeds()) & self.coordinator.grafted_at(self.step):
             self.snapshots.keep(fresh, self.capture().detached())
 
-    def _rewind_culled(self) -> bool:
-        """Take back the steps of seeds that were culled just now; False if there are none or they cannot be."""
-        culled = self.coordinator.to_rewind
-        self.coordinator.rewound()
-        states = [state for seed in culled if (state := self.snapshots.of(seed)) is not None]
-        if not culled:
+    def _rewind_culled(self, *, decided: bool) -> bool:
+        """Take back the steps of seeds that were culled just now; False if there are none or they cannot be.
+
+        ``decided`` says whether growth has decided at this step what it will.
+        """
+        if not (culled := self.coordinator.to_rewind):
             return False
-        if len(states) < len(culled):
-            reason = "there is no snapshot of its graft: the run was not asked to rewind then"
-            self.reporter.not_rewound(step=self.step, seeds=culled, reason=reason)
+        records = self.engine.seeds()
+        traceless = {record.seed for record in records if self.coordinator.traceless(record)}
+        try:
+            snapshot = self.snapshots.way_back(culled, records, traceless)
+        except NoWayBackError as error:
+            self._only_removed(str(error))
             return False
-        snapshot = min(states, key=lambda state: int(state.values["step"]))
-        if others := changed_since(snapshot.values["engine"], self.engine.seeds(), culled):
-            reason = f"it would undo what became of {', '.join(others)} since the graft"
-            self.reporter.not_rewound(step=self.step, seeds=culled, reason=reason)
-            return False
-        self._rewind(culled, snapshot)
+        self._rewind(snapshot, gone={*culled, *traceless}, decided=decided)
         return True
 
-    def _rewind(self, culled: Sequence[str], snapshot: State) -> None:
-        from_step, story, penalties = self.step, self.coordinator.state(), self.engine.state()["penalties"]
-        ended = [self.engine.seed(seed) for seed in culled]
+    def _only_removed(self, reason: str) -> None:
+        """Seeds that were culled just now are gone, but not their steps."""
+        if culled := self.coordinator.to_rewind:
+            self.coordinator.settle_rewind(f"removed, not rewound: {reason}", rewound=False)
+            self.reporter.not_rewound(self.engine, step=self.step, seeds=culled, reason=reason)
+
+    def _rewind(self, snapshot: State, *, gone: Collection[str], decided: bool) -> None:
+        """Go back to ``snapshot``, without the seeds in ``gone``."""
+        from_step, culled = self.step, self.coordinator.to_rewind
+        self.coordinator.settle_rewind(f"rewound to step {snapshot.values['step']}", rewound=True)
+        story, penalties = self.coordinator.state(), self.engine.state()["penalties"]
+        ended = [record for record in self.engine.seeds() if record.seed in gone]
         self.restore(snapshot)
         self.coordinator.bind(self.engine, story)
         self.engine.take_out(ended, penalties)
         self._network_changed(())
         self.rewinds += 1
-        self.replay_until = max(self.replay_until, from_step)
+        self.replay_until = max(self.replay_until, from_step + decided)
         # Those grafted together with a culled one stand at their graft again: their snapshot is one without it.
         self.snapshots.forget_from(self.step)
         self._take_snapshots()
         self._remember()
-        self.reporter.rewound(from_step=from_step, to_step=self.step, seeds=culled)
+        # Saved at once: a resume need not make the trial again, and a rollback must not lead into it.
+        self.save(newest=True)
+        self.reporter.rewind(self.step, decided=self.replay_until - 1)
+        self.reporter.rewound(self.engine, from_step=from_step, to_step=self.step, seeds=culled)
 
     # ---- rollbacks -------------------------------------------------------------------------------------------------
 
@@ -816,7 +840,9 @@ class TolariaTrainer:
         if self.journal.knows("rollback", command.command_id):
             self.reporter.answered(CommandResult(command=command, step=self.step, checkpoint_step=self.step))
             return
-        steps = self.checkpoints.steps() if self.checkpoints is not None else []
+        # A rewind that the disk refused to save leaves checkpoints of steps that lie ahead of the run.
+        saved = self.checkpoints.steps() if self.checkpoints is not None else []
+        steps = [step for step in saved if step <= self.step]
         wanted = int(command.checkpoint) if command.checkpoint else max(steps, default=-1)
         if self.checkpoints is None or wanted not in steps:
             self.reporter.answered(
@@ -855,6 +881,7 @@ class TolariaTrainer:
         self.reporter.state(run_pb2.RUN_STATE_FINISHING, "the schedule is over")
         if self.grow:
             self.coordinator.finish(self.epoch, self.step, self._measure_contributions)
+            self._only_removed("the schedule is over")
         self._bill_time(growth=True)
         if self.average is not None:
             self.average.install()

@@ -103,3 +103,32 @@ def test_a_missing_configuration_file(tmp_path: Path) -> None:
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with running(tmp_path, arguments=["--resume", str(tmp_path / "gone")]) as run:
         _one_message(run.wait(), 2, str(tmp_path / "gone"))
+
+
+_NEVER_FINITE = """
+from torch import nn
+
+class NeverFinite(nn.Module):
+    def __init__(self, pixels, classes):
+        super().__init__()
+        self.layer = nn.Linear(pixels, classes)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1)) * float("nan")
+
+def make(shape, classes):
+    return NeverFinite(shape[0] * shape[1] * shape[2], classes)
+"""
+
+
+def test_a_network_whose_loss_is_nan_from_the_first_step(tmp_path: Path) -> None:
+    """Going back does not help it: after the rollbacks it is allowed, the run says so and fails."""
+    (tmp_path / "never_finite.py").write_text(_NEVER_FINITE, encoding="utf-8")
+    model = ("model.name=factory", "model.factory=never_finite:make", "compare=[]")
+    with running(tmp_path / "out", *model, environment={"PYTHONPATH": str(tmp_path)}) as run:
+        ended = run.wait()
+        _one_message(ended, 1, "the loss is nan", "rollbacks")
+        assert run.left_over() == []
+        assert ended.summary["status"] == "failed"
+        assert ended.summary["accuracy"]["grown"] is None
+        assert Path(ended.summary["report"]).exists()

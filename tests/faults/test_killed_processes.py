@@ -60,3 +60,27 @@ def test_a_killed_training_process_is_resumed_and_equals_its_twin(
     assert ended.summary["accuracy"]["grown"] == twin["accuracy"]["grown"]
     assert lives(ended.summary) == lives(twin)
     assert ended.summary["flops"] == twin["flops"]
+
+
+def test_a_run_killed_after_its_rewind_equals_its_host(tmp_path: Path) -> None:
+    """Every seed fails and is rewound, so that growth leaves nothing behind but its bill: the host is the twin."""
+    overrides = ("training.epochs=6", "growth.evaluation.min_epochs=1", "growth.evaluation.threshold=100")
+    with running(tmp_path, *SHORT, *overrides, "growth.evaluation.cull=rewind", "compare=[host]") as run:
+        run.until(lambda: [line for line in run.lines("events.jsonl") if line["kind"] == "rewind"], "a rewind")
+        run.kill("training")
+        ended = run.wait()
+        assert ended.code == 0, ended.err
+        report = (run.folder / "report.html").read_text()
+        # All but what was spent, which comes last.
+        grown, host = ([f[:-1] for f in validation_figures(run.metrics(arm))] for arm in ("grown", "host"))
+        assert grown == host
+        assert run.left_over() == []
+    told = ended.summary
+    assert "these steps are made again without seed-1" in ended.err, "people are not told"
+    assert told["training_restarts"] == told["rewinds"] == 1
+    assert all("; rewound to step" in seed["reason"] for seed in told["seeds"])
+    assert told["adaptations"]["culled"] == told["adaptations"]["started"] > 0
+    assert told["accuracy"]["grown"] == told["accuracy"]["host"]
+    assert told["flops"]["discarded"] > 0
+    assert told["flops"]["training"] == told["arms"]["host"]["training_flops"] + told["flops"]["discarded"]
+    assert "steps since then made again without it: 1x." in report

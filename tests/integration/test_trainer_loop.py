@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from esper.kasmina.v1 import seed_pb2
 from esper.tamiyo.v1 import observation_pb2
 from esper.tolaria.v1 import run_pb2
-from services.blueprints.spec import Blueprint
+from services.blueprints.spec import Blueprint, SlotKind
 from services.kasmina.lifecycle import SeedState
 from services.kasmina.model import SlotOccupancy
 from services.tamiyo import wire
@@ -44,6 +44,7 @@ from tests.integration.trainer_harness import (
     same,
     weights,
 )
+from tests.support.growth import DepthwiseNet, Perceptron, ResidualNet, VisionTransformer
 from tests.support.networks import EncoderStack
 
 pytestmark = pytest.mark.parallel
@@ -165,6 +166,67 @@ def test_blocks_of_torchs_own_grow_in_a_run(tmp_path: Path) -> None:
         assert torch.equal(rebuilt.eval()(batch), trainer.model.eval()(batch))
 
 
+@pytest.mark.parametrize("host", [Perceptron, ResidualNet, DepthwiseNet, VisionTransformer])
+def test_every_kind_of_network_grows_wherever_it_can_in_one_run(tmp_path: Path, host: type[nn.Module]) -> None:
+    """All its slots at once: residual streams, the two sides of a depthwise layer, features of a transformer."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        model = host()
+        holder, name = (model.layers, "6") if isinstance(model, Perceptron) else (model, "head")
+        before = holder.get_submodule(name)
+        assert isinstance(before, nn.Linear)
+        setattr(holder, name, nn.Linear(before.in_features, 10))  # the digits have ten classes
+        return model
+
+    def everywhere(observation: observation_pb2.Observation) -> Sequence[tuple[str, Blueprint, int]]:
+        return [(name, WIDEN, 2) for name in slots] if observation.decisions_left > 1 else ()
+
+    harness = Harness(tmp_path, keep_config(), everywhere)
+    trainer = harness.trainer(build_host=build)
+    slots = [slot.name for slot in trainer.engine.slots() if slot.kind is SlotKind.WIDTH]
+    result = trainer.train()
+    records = trainer.engine.seeds()
+    assert sorted(record.slot for record in records) == sorted(slots)
+    assert {record.state for record in records} == {SeedState.FOSSILIZED}
+    assert result.parameters > trainer.host_parameters
+    rebuilt = rebuild.grow(build(), changes(trainer.engine))
+    rebuilt.load_state_dict(weights(trainer))
+    batch = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(rebuilt.eval()(batch), trainer.model.eval()(batch), rtol=1e-5, atol=1e-6)
+
+
+class Cropped(nn.Module):
+    """Keeps as many columns as the size of the batch says."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[..., : 3 + images.shape[0] % 5]
+
+
+def test_a_layer_whose_shapes_change_with_the_batch_is_refused_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        around = (nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), Cropped(), nn.ReLU())
+        return nn.Sequential(
+            *around, nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+        )
+
+    policy = grow_once(("0", WIDEN, 2), ("2", WIDEN, 2), ("5", WIDEN, 2))
+    harness = Harness(tmp_path, keep_config(), policy)
+    trainer = harness.trainer(build_host=build)
+    per_batch = {len(batch) for batch in trainer.health_batches()} | {harness.config.data.batch_size}
+    assert len({size % 5 for size in per_batch}) > 1, "batches of other sizes are looked at than trained on"
+    result = trainer.train()
+    assert "takes a part of it" in trainer.engine.refused()["2"]
+    assert "2 was not germinated: there is no slot '2': getitem takes a part of it" in caplog.text
+    grown = {record.slot: record.outcome for record in trainer.engine.seeds()}
+    assert grown == {"0": SeedState.FOSSILIZED, "5": SeedState.FOSSILIZED}
+    assert result.test_accuracy is not None
+
+
 def test_a_plan_is_grafted_judged_and_fossilized(tmp_path: Path) -> None:
     harness = Harness(tmp_path, keep_config(), ONCE)
     trainer = harness.trainer()
@@ -233,6 +295,51 @@ def test_a_branch_walks_its_whole_path(tmp_path: Path) -> None:
         "FINE_TUNING",
         "FOSSILIZED",
     ]
+
+
+@pytest.mark.parametrize("schedule", ["performance", "drift", "gradient"])
+def test_a_branch_is_let_in_by_every_schedule_and_by_one_that_died_halfway(tmp_path: Path, schedule: str) -> None:
+    growth = {"isolation_steps": 4, "blend_steps": 4, "stabilization_steps": 2, "fine_tuning_steps": 2}
+    # No bound of the change per step that lets alpha jump, and none that outlasts the run.
+    blend = {"schedule": schedule, "max_steps": 60, "drift": 0.05}
+    config = config_of(
+        model={"widths": [3, 3, 3]},
+        training={"epochs": 12},
+        growth={"evaluation": KEEP, "window": [0.05, 0.2], "blend": blend, **growth},
+    )
+    policy = grow_once(("span:groups.2", BRANCH, 2))
+    (tmp_path / "whole").mkdir()
+    whole = Harness(tmp_path / "whole", config, policy).trainer()
+    shares = watch_shares(whole)
+    whole.train()
+    (record,) = whole.engine.seeds()
+    assert record.state is SeedState.FOSSILIZED, record.reason
+    blending = {step: share for step, (state, share) in shares.items() if state is SeedState.GRAFTING}
+    assert next(iter(blending.values())) == 0.0
+    assert list(shares.values())[-1] == (SeedState.FOSSILIZED, 1.0)
+    between = {step: share for step, share in blending.items() if 0.0 < share < 1.0}
+    assert len(set(between.values())) >= 3, blending
+    halfway = sorted(between)[len(between) // 2]
+    resumed, _ = run_killed_at(tmp_path / "killed", halfway, policy, config)
+    again = watch_shares(resumed)
+    resumed.train()
+    assert again == {step: shares[step] for step in again}
+    assert set(between) & set(again)
+    assert same(weights(resumed), weights(whole))
+
+
+def watch_shares(trainer: TolariaTrainer) -> dict[int, tuple[SeedState, float]]:
+    """State and alpha of the newest seed before each step that is made."""
+    seen: dict[int, tuple[SeedState, float]] = {}
+    original = trainer.train_step
+
+    def watching() -> None:
+        if records := trainer.engine.seeds():
+            seen[trainer.step] = records[-1].state, records[-1].alpha
+        original()
+
+    trainer.train_step = watching  # type: ignore[method-assign]  # a look between two steps
+    return seen
 
 
 def test_a_refused_kernel_cancels_its_seed_and_training_goes_on(tmp_path: Path) -> None:
@@ -970,10 +1077,10 @@ def test_a_resume_after_a_callers_rollback_equals_its_twin(tmp_path: Path, when:
         if name == "resumed":
             save, step = trainer.save, trainer.train_step
 
-            def dying_save(trainer: TolariaTrainer = trainer, save: Any = save) -> bool:
+            def dying_save(trainer: TolariaTrainer = trainer, save: Any = save, *, newest: bool = False) -> bool:
                 if trainer.governor.rollbacks and when == "before it was saved":
                     raise KeyboardInterrupt
-                return bool(save())
+                return bool(save(newest=newest))
 
             def dying_step(trainer: TolariaTrainer = trainer, step: Any = step) -> None:
                 if trainer.governor.rollbacks and trainer.step == 15:

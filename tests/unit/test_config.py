@@ -167,6 +167,10 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_the_key_that_was_mean
         ("growth: {budget: {flops: 2, parameters: 2}}", "growth.budget: set exactly one of flops, parameters, "),
         ("growth: {budget: {flops: null}}", "set exactly one"),
         ("growth: {window: [0.5, 0.2]}", "window: 0.5 to 0.2 is no part of the schedule"),
+        (
+            "growth: {blend_steps: 50, blend: {schedule: drift, max_steps: 50}}",
+            "blend.max_steps: 50 steps are not enough for a ramp of 50; give more, or fewer blend_steps",
+        ),
         ("data: {name: factory}", "name: factory needs the key factory"),
         ("model: {factory: 'a.b:c'}", "the key factory is set, but name is not factory"),
         ("model: {name: factory, factory: 'no path'}", "model.factory: no path: string should match"),

@@ -200,6 +200,15 @@ def test_a_run_that_extends_a_trained_host(folder: Path) -> None:
     text = render(folder)
     assert "the trained host stood at 75.25 % on the validation split" in text
     assert "trained to the FLOPs of the run, growth included" in text
+    assert "Rewound to the graft of a failed trial" not in text
+
+
+def test_a_run_that_was_rewound(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"rewinds": 2}))
+    assert "Rewound to the graft of a failed trial, and the steps since then made again without it: 2x." in render(
+        folder
+    )
 
 
 def test_a_run_without_controls(folder: Path) -> None:

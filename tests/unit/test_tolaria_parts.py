@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import errno
 import json
@@ -29,6 +30,7 @@ from services.tolaria.evaluation import Evaluation, contribution, evaluate, eval
 from services.tolaria.governor import Governor
 from services.tolaria.journal import Clock, Journal
 from services.tolaria.optimizer import GrowingOptimizer
+from services.tolaria.ports import KernelUnavailableError, PendingKernel
 from services.tolaria.schedule import Schedule
 from services.tolaria.task import Classification
 
@@ -601,3 +603,19 @@ def test_account_bills_forward_and_backward() -> None:
     lap = LapClock().lap()
     assert lap.seconds >= 0
     assert lap.cpu_seconds >= 0
+
+
+# ---- kernels that are on their way ---------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_is_late_or_unwanted_is_not_there() -> None:
+    late, unwanted = PendingKernel(concurrent.futures.Future()), PendingKernel(concurrent.futures.Future())
+    assert not late.done
+    with pytest.raises(KernelUnavailableError, match="not there in time"):
+        late.result(0.0)
+    unwanted.cancel()
+    assert unwanted.done
+    with pytest.raises(KernelUnavailableError, match="not there in time"):
+        unwanted.result()
+    late.future.set_result("digest")
+    assert late.result(0.0) == "digest"
