@@ -304,9 +304,9 @@ def test_a_run_that_is_cut_short_has_whole_seeds_of_what_matters_most() -> None:
     of_a_seed = len(first) // 6
     for index in range(6):
         assert {unit.seed for unit in first[index * of_a_seed : (index + 1) * of_a_seed]} == {10 + index}
-    first = ["tamiyo", "host", "host_equal_flops", "final_equal_flops", "uniform"]
-    order = [unit.arm for unit in units(GROWTH)]
-    assert order[: 12 * len(first)] == 12 * first, "what growth is worth at all comes first"
+    leading = ["tamiyo", "host", "host_equal_flops", "final_equal_flops", "uniform"]
+    arms = [unit.arm for unit in units(GROWTH)]
+    assert arms[: 12 * len(leading)] == 12 * leading, "what growth is worth at all comes first"
     assert {unit.entry for unit in units(GROWTH)[60 : 60 + 6 * (3 + 5 * 6)]} == set(SIX), "then which rule is best"
     for protocol in PROTOCOLS.values():
         assert len(set(units(protocol))) == sum(len(one.arms) * len(one.seeds) for one in protocol.entries.values())
