@@ -144,9 +144,12 @@ def test_equal_flops_are_equal(runs: dict[str, dict[str, Any]]) -> None:
 
 def test_rules_that_spent_more_than_others_are_caught(runs: dict[str, dict[str, Any]]) -> None:
     runs["balanced.uniform.10"] = {**copy.deepcopy(runs["balanced.tamiyo.10"]), "arm": "uniform"}
+    runs["balanced.uniform.10"]["growth_flops"] = 0
     analysis.check(TINY, runs)
-    runs["balanced.uniform.10"]["growth_flops"] += 0.5 * runs["balanced.tamiyo.10"]["training_flops"]
-    with pytest.raises(DishonestRunsError, match=r"uniform spent 1\.\d+ of the FLOPs of tamiyo, allowed are 3%"):
+    runs["balanced.uniform.10"]["training_flops"] *= 1.5
+    with pytest.raises(
+        DishonestRunsError, match=r"uniform spent 1\.500 of the training FLOPs of tamiyo, allowed are 3%"
+    ):
         analysis.check(TINY, runs)
     # Under a budget of parameters rules differ in FLOPs.
     record = replace(TINY, entries={"balanced": replace(ENTRY, growth=Growth(target_parameters=900))})
@@ -232,7 +235,7 @@ def test_probes_widen_one_layer_each_at_equal_cost(data: DataSet) -> None:
         assert widths[:layer] + widths[layer + 1 :] == ENTRY.network.widths[:layer] + ENTRY.network.widths[layer + 1 :]
         one_more = (*widths[:layer], widths[layer] + 1, *widths[layer + 1 :])
         assert hosts.forward_flops(ENTRY, widths, data) <= 2 * host < hosts.forward_flops(ENTRY, one_more, data)
-    assert {unit.arm for unit in tuning_units(GROWTH)} >= {f"probe_{layer}" for layer in range(6)}
+    assert {unit.arm for unit in tuning_units(GROWTH)} >= {f"probe_{layer}" for layer in range(8)}
     assert not any(unit.arm.startswith("probe") for unit in units(GROWTH))
 
 
@@ -301,6 +304,10 @@ def test_a_run_that_is_cut_short_has_whole_seeds_of_what_matters_most() -> None:
     of_a_seed = len(first) // 6
     for index in range(6):
         assert {unit.seed for unit in first[index * of_a_seed : (index + 1) * of_a_seed]} == {10 + index}
+    leading = ["tamiyo", "host", "host_equal_flops", "final_equal_flops", "uniform"]
+    arms = [unit.arm for unit in units(GROWTH)]
+    assert arms[: 12 * len(leading)] == 12 * leading, "what growth is worth at all comes first"
+    assert {unit.entry for unit in units(GROWTH)[60 : 60 + 6 * (3 + 5 * 6)]} == set(SIX), "then which rule is best"
     for protocol in PROTOCOLS.values():
         assert len(set(units(protocol))) == sum(len(one.arms) * len(one.seeds) for one in protocol.entries.values())
 
@@ -328,6 +335,14 @@ def test_the_rates_of_the_protocol_are_those_that_the_committed_tuning_runs_chos
     for folder in (RUNS / name / f"tuning-{protocol.tuning_hash[:12]}").glob("*/"):
         for entry, rates in tuning.chosen(protocol, Records(folder).finished()).items():
             assert protocol.entries[entry].rates.items() >= rates.items()
+
+
+@pytest.mark.parametrize("host", ["narrow_not_needy"])
+def test_a_host_whose_width_is_said_to_mislead_was_probed(host: str) -> None:
+    (folder,) = (RUNS / "growth" / f"tuning-{GROWTH.tuning_hash[:12]}").glob("*/")
+    finished = Records(folder).finished()
+    (narrow,), (wide,) = (tuning.probe_gains(GROWTH, finished, host, f"probe_{layer}") for layer in (0, 2))
+    assert narrow + 0.5 < wide, "as many FLOPs are worth more in a layer of the chain than in the narrow one beside it"
 
 
 def test_code_that_computes_the_same_goes_on_in_the_same_folder(tmp_path: Path) -> None:

@@ -55,16 +55,21 @@ def _check_pairing(where: str, arms: Mapping[str, Record]) -> None:
 
 
 def _check_costs(where: str, arms: Mapping[str, Record], tolerance: float, *, in_flops: bool) -> None:
-    """Arms that follow another in FLOPs, and rules that plan under one budget, spent alike.
+    """Arms that follow another in FLOPs spent alike, growth's included; rules that plan under one budget trained alike.
 
-    Under a budget of parameters rules end with as many of them.
+    What a rule looks at and judges trains nothing, and differs with the number of layers it chooses: it is billed and
+    shown. Under a budget of parameters rules end with as many of them.
     """
     for arm, run in arms.items():
         followed = arms.get(_measure_of(arm) or "")
         if followed is None:
             continue
-        what = "FLOPs" if in_flops or ARMS[arm].kind != "grown" else "parameters"
-        share = _spent(run) / _spent(followed) if what == "FLOPs" else run["parameters"] / followed["parameters"]
+        if ARMS[arm].kind != "grown":
+            what, share = "FLOPs", _spent(run) / _spent(followed)
+        elif in_flops:
+            what, share = "training FLOPs", run["training_flops"] / followed["training_flops"]
+        else:
+            what, share = "parameters", run["parameters"] / followed["parameters"]
         # Whole steps: a short run cannot come nearer than one of them.
         if abs(share - 1) > tolerance + 1 / run["steps"]:
             raise DishonestRunsError(

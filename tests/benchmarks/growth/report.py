@@ -165,7 +165,7 @@ def _tuned(protocol: Mapping[str, Any]) -> str:
             chosen = protocol["entries"][entry]["rates"][arms.ARMS[one["arms"][0]].rate]
             edge = "" if min(one["rates"]) < chosen < max(one["rates"]) else ", the end of what was tried"
             rows.append(f"| {entry}: {named} | {tried} | {seeds} | {chosen:g}{edge} |")
-    kept = "What was not tuned has the rate of its class in a table that was."
+    kept = "What was not tuned has the rate of its class in a table that was, of this experiment or of the other."
     return "\n".join(["Learning rates were chosen by validation accuracy, on seeds of their own. " + kept, "", *rows])
 
 

@@ -22,7 +22,10 @@ def by_rate(protocol: Protocol, finished: Mapping[str, Record]) -> dict[tuple[st
 
 
 def chosen(protocol: Protocol, finished: Mapping[str, Record]) -> dict[str, dict[str, float]]:
-    """The learning rate with the best mean validation accuracy, by entry and class; only where no run is missing."""
+    """The learning rate with the best mean validation accuracy, of equals the highest, by entry and class.
+
+    Only where no run is missing.
+    """
     made: dict[str, dict[str, float]] = {}
     for (entry, kind), rates in by_rate(protocol, finished).items():
         wanted = sum(
@@ -31,7 +34,7 @@ def chosen(protocol: Protocol, finished: Mapping[str, Record]) -> dict[str, dict
             if entry in one.entries and ARMS[one.arms[0]].rate == kind
         )
         if sum(len(values) for values in rates.values()) == wanted:
-            made.setdefault(entry, {})[kind] = max(rates, key=lambda rate: statistics.fmean(rates[rate]))
+            made.setdefault(entry, {})[kind] = max(rates, key=lambda rate: (statistics.fmean(rates[rate]), rate))
     return made
 
 
