@@ -47,6 +47,7 @@ from services.tolaria.trainer import TolariaTrainer
 from tests.integration.live_services import SECONDS, Services, until
 from tests.integration.trainer_harness import WIDEN, Harness, config_of
 
+pytestmark = pytest.mark.parallel
 RUN = "run-1"
 PAUSE = training_link_service_pb2.RUN_COMMAND_KIND_PAUSE
 
@@ -161,6 +162,11 @@ def test_a_kernel_is_compiled_once_and_resolved_after(mesh: MeshClient, trainer:
 def test_a_kernel_that_cannot_be_is_refused_with_the_reason(mesh: MeshClient, trainer: TolariaTrainer) -> None:
     with pytest.raises(KernelUnavailableError):
         mesh.obtain_kernel(KernelTarget(WIDEN, trainer.engine.interface("span:groups.0"), 1, 1)).result(SECONDS)
+
+
+def test_what_urza_does_not_understand_is_refused_with_its_words(mesh: MeshClient, trainer: TolariaTrainer) -> None:
+    with pytest.raises(KernelUnavailableError, match="size"):
+        mesh.obtain_kernel(target_of(trainer, size=0)).result(SECONDS)
 
 
 def test_a_kernel_that_was_retired_is_refused_although_its_job_succeeded(

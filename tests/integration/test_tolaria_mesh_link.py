@@ -41,6 +41,7 @@ from services.tolaria.trainer import TolariaTrainer
 from tests.integration.live_services import SECONDS, Services, until
 from tests.integration.trainer_harness import WIDEN, Harness, config_of
 
+pytestmark = pytest.mark.parallel
 RUN = "run-1"
 NAME = f"runs/{RUN}"
 
