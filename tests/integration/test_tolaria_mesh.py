@@ -381,9 +381,12 @@ def test_adaptations_are_applied_refused_and_withdrawn(
         )
         until(lambda: state("k").state == adaptation_pb2.ADAPTATION_STATE_REFUSED, "it is refused")
         wish("w", germinate=germinate)
-        until(lambda: mesh._waiting, "the third wish")
+        wish("x", germinate=germinate)
+        until(lambda: len(mesh._waiting) == 2, "two more wishes")
         stub.CancelAdaptation(kasmina_service_pb2.CancelAdaptationRequest(name=f"{run}/adaptations/w"))
         until(lambda: state("w").state == adaptation_pb2.ADAPTATION_STATE_CANCELLED, "it is withdrawn")
+        until(lambda: [each.command_id for each in mesh._waiting] == ["x"], "the other one waits")
+        stub.CancelAdaptation(kasmina_service_pb2.CancelAdaptationRequest(name=f"{run}/adaptations/x"))
         until(lambda: not mesh._waiting, "nothing waits")
 
 
