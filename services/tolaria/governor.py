@@ -24,9 +24,13 @@ _MIN_SIGMA_OF_FIRST: Final = 0.005
 #: Explosion: a loss this many times the one the run began with, at once and before there are any statistics. A network
 #: that exploded often comes back with dead units and the loss of guessing, which looks calm.
 _EXPLOSION: Final = 1000.0
-#: Collapse: accuracy back at chance (times this) after it was this many times as good.
-_CHANCE_MARGIN: Final = 1.2
-_ABOVE_CHANCE: Final = 2.0
+#: Collapse: accuracy back at chance, or above it by no more than this share of it or of what there is to gain, ...
+_MARGIN: Final = (1 / 5, 1 / 45)
+#: ... after it was above it by more than this share of it or of what there is to gain. The smaller counts: the first
+#: where classes are many, the second where they are few (twice as good as a coin is perfect).
+_GOOD: Final = (1.0, 1 / 9)
+#: And by more than this many deviations of what guesses score: few images are good by luck.
+_GOOD_SIGMAS: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,11 @@ class Instability:
 
 @dataclass
 class Governor:
-    """Judges one arm. ``chance`` is the accuracy of guessing, percent."""
+    """Judges one arm. ``chance`` is the accuracy of guessing, percent; ``samples`` are those it is measured on."""
 
     config: GovernorConfig
     chance: float
+    samples: int
     #: All rollbacks of the run, callers' too: they are part of its clock. ``asked_for`` are callers' alone.
     rollbacks: int = 0
     asked_for: int = 0
@@ -97,9 +102,16 @@ class Governor:
     def observe_accuracy(self, accuracy: float) -> Instability | None:
         """Judge a validation accuracy, percent: a fall back to chance is a collapse."""
         best, self.best_accuracy = self.best_accuracy, max(self.best_accuracy, accuracy)
-        if self.config.enabled and best > _ABOVE_CHANCE * self.chance and accuracy <= _CHANCE_MARGIN * self.chance:
+        luck = _GOOD_SIGMAS * math.sqrt(self.chance * (100.0 - self.chance) / self.samples)
+        good, gone = self.chance + max(self._above(_GOOD), luck), self.chance + self._above(_MARGIN)
+        if self.config.enabled and best > good and accuracy <= gone:
             return Instability(f"validation accuracy fell from {best:.1f} % to {accuracy:.1f} %, which is chance")
         return None
+
+    def _above(self, shares: tuple[float, float]) -> float:
+        """The smaller of these shares of chance and of what there is to gain over it, points."""
+        of_chance, of_gain = shares
+        return min(of_chance * self.chance, of_gain * (100.0 - self.chance))
 
     @property
     def own_rollbacks(self) -> int:

@@ -354,19 +354,19 @@ def _arm_row(name: str, arm: Mapping[str, Any], difference: Mapping[str, Any] | 
         f"{arm['flops']:,d}",
         f"{spent(arm):.3g}",
         f"{arm['seconds']:.1f}",
-        f"{arm['growth_seconds']:.1f}",
+        "-" if arm["growth_seconds"] is None else f"{arm['growth_seconds']:.1f}",
     )
 
 
 def _cost_lines(summary: Mapping[str, Any]) -> list[str]:
     flops, seconds = summary.get("flops") or {}, summary.get("growth_seconds")
-    if not flops.get("total") or seconds is None:
+    if not flops.get("total"):
         return []
 
     def share(name: str) -> str:
         return f"{flops[name] / flops['total']:.1%}"
 
-    if (summary.get("budget") or {}).get("kind") is None:  # growth was off: nothing is said of it
+    if seconds is None:  # growth was off: nothing is said of it
         told = f"training {share('training')} (steps taken back {share('discarded')})"
         return [f"{flops['total']:.3g} FLOPs: {told}, validation {share('validation')}"]
     culled, taken_back, measuring, judging = map(share, ("culled_seeds", "discarded", "health", "counterfactuals"))

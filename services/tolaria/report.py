@@ -112,7 +112,7 @@ def _arms(arms: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any])
             number(spent(arm), ".3g"),
             number(arm["steps"], ",d"),
             number(arm["seconds"], ".1f"),
-            number(arm["growth_seconds"], ".1f"),
+            "none" if arm["growth_seconds"] is None else f"{arm['growth_seconds']:.1f}",
         ]
         for name, arm in arms.items()
     ]

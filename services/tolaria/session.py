@@ -210,7 +210,11 @@ class Session:
 
     def _keep(self, name: str, trainer: TolariaTrainer) -> None:
         """Train an arm to its end and keep its result, with its score on each image of the test set."""
-        self._done[name] = asdict(trainer.train())
+        result = asdict(trainer.train())
+        if not trainer.grow:
+            # There was no growth whose time could have been measured; its FLOPs are counted, and none.
+            result |= dict.fromkeys(("growth_cpu_seconds", "growth_seconds"))
+        self._done[name] = result
         assert trainer.test is not None, "an arm that was trained was tested"
         self._done.setdefault("scores", {})[name] = trainer.test.packed()
 

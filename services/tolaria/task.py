@@ -59,6 +59,10 @@ class Objective(Protocol):
         """Score of guessing, 0 to 1."""
         ...
 
+    def guessing(self, targets: Tensor) -> float:
+        """Score, 0 to 1, of the best that can be said of samples with these targets without looking at them."""
+        ...
+
     def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Training loss of one batch, 0-d."""
         ...
@@ -88,6 +92,10 @@ class Classification:
         self.outputs = classes
         self.chance = 1.0 / classes
         self._label_smoothing = label_smoothing
+
+    def guessing(self, targets: Tensor) -> float:
+        """Always the most frequent class: what a network says that died."""
+        return max(self.chance, float(torch.bincount(targets).max()) / len(targets))
 
     def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy of a batch, smoothed."""
@@ -122,6 +130,10 @@ class UserTask:
             raise self._error(f"chance must be the score of guessing, 0 <= chance < 1, not {chance!r}")
         self.outputs, self.chance = outputs, float(chance)
         self._step: Callable[[nn.Module, Tensor, Tensor], Tensor] = getattr(task, "step", self._plain_step)
+
+    def guessing(self, targets: Tensor) -> float:
+        """What the user says that it scores."""
+        return self.chance
 
     def _plain_step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return self._task.loss(model(inputs), targets)

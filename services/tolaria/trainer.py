@@ -178,7 +178,8 @@ class TolariaTrainer:
         # Who else has a say.
         self.mesh = mesh
         self.journal = journal
-        self.governor = Governor(config.governor, 100.0 * self.objective.chance)
+        guessing = self.objective.guessing(data.validation.labels)
+        self.governor = Governor(config.governor, 100.0 * guessing, len(data.validation))
         self.interrupt = interrupt
         self.coordinator = AdaptationCoordinator(
             run=run,

@@ -150,5 +150,9 @@ def test_without_growth_nothing_is_asked_and_the_run_still_ends_well(tmp_path: A
         assert ended.summary["adaptations"] == {"started": 0, "fossilized": 0, "culled": 0}
         assert ended.summary["accuracy"]["host"] is None
         assert "growth took" not in ended.err
+        # Nothing grew, so there is no time that it took: null, not a measured zero.
+        assert ended.summary["growth_seconds"] is None
+        assert ended.summary["arms"]["grown"]["growth_cpu_seconds"] is None
+        assert ended.summary["arms"]["grown"]["cpu_seconds"] > 0
         assert run.lines("decisions.jsonl") == []
         assert run.left_over() == []

@@ -130,6 +130,8 @@ def test_a_whole_run_with_its_controls(services: Services, tmp_path: Path, monke
     assert len(json.loads((folder / "lineage.json").read_text())["seeds"]) == summary["adaptations"]["started"]
     assert (folder / "lineage-uniform.json").exists()
     assert summary["start_accuracy"] is None
+    timed = {name: arm["growth_seconds"] is not None for name, arm in arms.items()}
+    assert timed == {"grown": True, "host": False, "bigger": False, "uniform": True}
     flops = summary["flops"]
     assert flops["growth"] == flops["health"] + flops["counterfactuals"] > flops["health"] > 0
     assert flops["total"] == flops["training"] + flops["growth"] + flops["validation"]

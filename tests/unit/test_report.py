@@ -102,7 +102,11 @@ def folder(tmp_path: Path) -> Path:
     summary = {
         "status": "succeeded",
         "accuracy": {"grown": 90.0, "host": 80.0, "bigger": 91.0},
-        "arms": {"grown": arm(90.0), "host": arm(80.0), "bigger": {**arm(91.0), "training_flops": 2e9}},
+        "arms": {
+            "grown": arm(90.0),
+            "host": {**arm(80.0), "growth_seconds": None},
+            "bigger": {**arm(91.0), "training_flops": 2e9},
+        },
         "comparisons": {"host": better, "bigger": {**better, "points": -1.0, "low": -3.0, "high": 1.0}},
         "compare_at": "epochs",
         "export": {"folder": "export", "formats": {"onnx": {"files": [], "problem": "no <onnx> here"}}},
@@ -131,6 +135,7 @@ def test_a_whole_run(folder: Path) -> None:
     assert "that at 191% of its FLOPs" in text
     assert "over 360 test images, not over seeds" in text
     assert "90.00 [87.0, 93.0]" in text
+    assert text.count("<td class=n>none<") == 1, "no time of growth where nothing could grow, and zero is none"
     assert "trained for as many epochs as the run" in text
     assert "conv1 4 to 6, attention at conv&lt;2&gt;" in text
     assert "<summary>2 layers</summary>" in text

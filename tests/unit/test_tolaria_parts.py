@@ -249,19 +249,19 @@ def noisy_losses(count: int) -> Iterator[float]:
 
 
 def test_governor_is_quiet_while_a_noisy_loss_falls() -> None:
-    governor = Governor(GovernorConfig(), chance=10.0)
+    governor = Governor(GovernorConfig(), chance=10.0, samples=5000)
     assert all(governor.observe_loss(loss) is None for loss in noisy_losses(600))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_governor_sees_nan_at_once(bad: float) -> None:
-    unstable = Governor(GovernorConfig(), chance=10.0).observe_loss(bad)
+    unstable = Governor(GovernorConfig(), chance=10.0, samples=5000).observe_loss(bad)
     assert unstable is not None
     assert "the loss is" in unstable.reason
 
 
 def test_governor_needs_patience_for_spikes() -> None:
-    governor = Governor(GovernorConfig(patience_steps=3), chance=10.0)
+    governor = Governor(GovernorConfig(patience_steps=3), chance=10.0, samples=5000)
     for loss in noisy_losses(60):
         governor.observe_loss(loss)
     assert governor.observe_loss(50.0) is None
@@ -277,7 +277,7 @@ def test_governor_needs_patience_for_spikes() -> None:
 def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
     """Against the definition, worked out anew from the whole window at each step."""
     config = GovernorConfig(window_steps=window, spike_sigmas=3.0, patience_steps=2)
-    governor = Governor(config, chance=10.0)
+    governor = Governor(config, chance=10.0, samples=5000)
     kept: list[float] = []
     spikes = told = normal = 0
     first = abs(next(noisy_losses(1))) * 2.5
@@ -304,7 +304,7 @@ def test_governor_judges_by_the_median_and_its_deviation(window: int) -> None:
 
 
 def test_governor_lets_a_loss_near_zero_leap() -> None:
-    governor = Governor(GovernorConfig(), chance=10.0)
+    governor = Governor(GovernorConfig(), chance=10.0, samples=5000)
     assert governor.observe_loss(2.3) is None
     for step in range(100):
         governor.observe_loss(0.003 + 0.0001 * (step % 3))
@@ -316,7 +316,7 @@ def test_governor_lets_a_loss_near_zero_leap() -> None:
 
 
 def test_governor_sees_collapse_to_chance() -> None:
-    governor = Governor(GovernorConfig(), chance=10.0)
+    governor = Governor(GovernorConfig(), chance=10.0, samples=5000)
     assert governor.observe_accuracy(10.0) is None  # never was better than chance
     assert governor.observe_accuracy(80.0) is None
     unstable = governor.observe_accuracy(10.5)
@@ -324,34 +324,66 @@ def test_governor_sees_collapse_to_chance() -> None:
     assert "from 80.0 % to 10.5 %" in unstable.reason
 
 
+@pytest.mark.parametrize(
+    ("chance", "samples", "good", "gone"),
+    [
+        (10.0, 5000, 20.0, 12.0),
+        (1.0, 5000, 2.0, 1.2),
+        (10.0, 40, 28.97, 12.0),  # few images are good by luck
+        (50.0, 5000, 55.55, 51.11),  # nothing is twice as good as a coin
+        (50.0, 100, 70.0, 51.11),
+        (90.0, 5000, 91.69, 90.22),  # nine of ten are of one class
+        (0.0, 5000, 0.0, 0.0),
+    ],
+)
+def test_governor_knows_chance_with_many_classes_and_with_two(
+    chance: float, samples: int, good: float, gone: float
+) -> None:
+    for best, now, collapsed in [
+        (good + 0.1, gone, True),
+        (good - 0.1, gone, False),
+        (good + 0.1, gone + 0.1, False),
+    ]:
+        governor = Governor(GovernorConfig(), chance, samples)
+        assert governor.observe_accuracy(best) is None
+        # A hundredth below: the limits here are rounded.
+        assert (governor.observe_accuracy(max(0.0, now - 0.01)) is not None) == collapsed, (best, now)
+
+
 def test_governor_can_be_switched_off_and_has_patience() -> None:
-    off = Governor(GovernorConfig(enabled=False), chance=10.0)
+    off = Governor(GovernorConfig(enabled=False), chance=10.0, samples=5000)
     assert off.observe_loss(math.nan) is None
     off.observe_accuracy(90.0)
     assert off.observe_accuracy(10.0) is None
-    governor = Governor(GovernorConfig(max_rollbacks=1), chance=10.0)
+    governor = Governor(GovernorConfig(max_rollbacks=1), chance=10.0, samples=5000)
     assert not governor.patience_spent
     governor.rollbacks = 1
     assert governor.patience_spent
 
 
 def test_governor_sees_an_explosion_at_once_and_before_any_statistics() -> None:
-    governor = Governor(GovernorConfig(), chance=10.0)
+    governor = Governor(GovernorConfig(), chance=10.0, samples=5000)
     assert [governor.observe_loss(loss) for loss in (2.5, 40.0, 2400.0)] == [None] * 3
     unstable = governor.observe_loss(2600.0)
     assert unstable is not None
     assert "exploded to 2600; it began at 2.5" in unstable.reason
-    perfect = Governor(GovernorConfig(), chance=10.0)
+    perfect = Governor(GovernorConfig(), chance=10.0, samples=5000)
     assert [perfect.observe_loss(loss) for loss in (0.0, 1e-3)] == [None] * 2, "nothing is a thousand times nothing"
 
 
 def test_governor_state_comes_back() -> None:
-    one, two = Governor(GovernorConfig(), chance=10.0), Governor(GovernorConfig(), chance=10.0)
+    one, two = (Governor(GovernorConfig(), chance=10.0, samples=5000) for _ in range(2))
     for loss in noisy_losses(40):
         one.observe_loss(loss)
     one.observe_loss(99.0)
     two.restore(**json.loads(json.dumps(one.state())))
     assert two.state() == one.state()
+
+
+def test_guessing_is_to_say_the_most_frequent_class() -> None:
+    assert Classification(4).guessing(torch.tensor([0, 1, 2, 3])) == 0.25
+    assert Classification(2).guessing(torch.tensor([1, 1, 1, 0])) == 0.75
+    assert Classification(4).guessing(torch.tensor([2, 1])) == 0.5
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
