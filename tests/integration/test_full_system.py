@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ def _transitions(run: ShortRun) -> dict[str, list[dict[str, Any]]]:
         if event["kind"] == "transition":
             stories.setdefault(event["seed"], []).append(event)
     return stories
+
+
+def _settled(story: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The judgment of a seed; the slot of one that was culled may be free again before the run is over."""
+    return next(event for event in story if event["to_state"] in (SeedState.FOSSILIZED, SeedState.CULLED))
 
 
 def test_a_network_grows_by_itself(short_run: ShortRun) -> None:
@@ -44,14 +50,14 @@ def test_a_network_grows_by_itself(short_run: ShortRun) -> None:
         assert story[0]["from_state"] == SeedState.DORMANT
         for before, after in zip([SeedState.DORMANT, *states], states, strict=False):
             check_transition(before, after)
-        assert states[-1] in (SeedState.FOSSILIZED, SeedState.CULLED)
-        if states[-1] is SeedState.FOSSILIZED:
+        settled = _settled(story)
+        if settled["to_state"] == SeedState.FOSSILIZED:
             assert tuple(states) == FAMILY_PATHS["widening"]
-        worth = story[-1]["contribution"]
+        worth = settled["contribution"]
         assert worth is not None, "a seed was settled without a counterfactual"
         assert worth["low"] <= worth["points"] <= worth["high"]
         assert worth["samples"] == 239, "the counterfactual is on the validation split"
-    assert any(story[-1]["to_state"] == SeedState.FOSSILIZED for story in stories.values()), "nothing was kept"
+    assert any(_settled(story)["to_state"] == SeedState.FOSSILIZED for story in stories.values()), "nothing was kept"
     metrics = short_run.metrics()
     assert metrics[-1]["parameters"] > metrics[0]["parameters"], "the network did not grow"
 
