@@ -339,3 +339,11 @@ def test_nobody_waits_for_services_of_a_run_that_is_over(
     link._socket.shutdown(2)
     until(lambda: not process.is_running(), "it has left")
     link.stop()
+
+
+def test_the_end_may_come_before_the_process_has_begun(services: Services) -> None:
+    link = link_of(services)
+    link._thread = threading.Thread(target=lambda: None)  # its first turn has not come
+    link._thread.start()
+    link.stop()
+    assert link._process is None
