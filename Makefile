@@ -16,7 +16,7 @@ run: ## set up .venv, then train a network that grows (CONFIG=configs/quickstart
 	@.ci/setup.sh python
 	@.venv/bin/python train.py --config $(CONFIG) $(ARGS)
 
-test: ## set up what the tests need, then lint, all tests and coverage (about half an hour)
+test: ## set up what the tests need, then lint, all tests and coverage (under half an hour)
 	@.ci/setup.sh tests
 	@.ci/test.sh all $(PYTEST_ARGS)
 
