@@ -337,7 +337,7 @@ def test_the_rates_of_the_protocol_are_those_that_the_committed_tuning_runs_chos
             assert protocol.entries[entry].rates.items() >= rates.items()
 
 
-@pytest.mark.parametrize("host", ["narrow_not_needy"])
+@pytest.mark.parametrize("host", GROWTH.probed)
 def test_a_host_whose_width_is_said_to_mislead_was_probed(host: str) -> None:
     (folder,) = (RUNS / "growth" / f"tuning-{GROWTH.tuning_hash[:12]}").glob("*/")
     finished = Records(folder).finished()
