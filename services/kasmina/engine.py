@@ -756,11 +756,16 @@ class GrowthEngine:
         """End embargoes and locks that are over by ``epoch``."""
         self._epoch = epoch
         over = [
-            record.seed
+            record
             for record in self._records.values()
             if record.state in _LEAVING and record.free_epoch is not None and record.free_epoch <= epoch
         ]
-        return [self._move(seed, SeedState.DORMANT, self._step, "its slot is free again") for seed in over]
+        made = []
+        for record in over:
+            made.append(self._move(record.seed, SeedState.DORMANT, self._step, "its slot is free again"))
+            # Of a seed that is gone people want to know how it ended.
+            self._update(record.seed, reason=record.reason)
+        return made
 
     # ------------------------------------------------------------------ for the optimizer
 

@@ -156,7 +156,7 @@ class SeedRecord:
         size: New channels of a widening, inner width of a branch.
         state: Where it is in its life.
         command_id: Command that germinated it.
-        reason: Why it is in its state.
+        reason: Why it is in its state; of one whose slot is free again, how it ended.
         kernel: SHA-256 (hex) of its kernel; empty until loaded.
         interface_signature: Signature of the slot's interface at germination; the kernel must carry it.
         germinated_step: Optimizer step of its germination.

@@ -1,8 +1,9 @@
 """What control calls cost training: ``python -m tests.benchmarks.control_load --out FILE [--pairs N] [--window S]``.
 
 One real run of `train.py` trains all the time. A client process calls the gateways of Kasmina and Tolaria, 200 times a
-second in one window and not at all in the next, the order of the two drawn anew by turns (ABBA). The step times come
-from the training process itself (``telemetry.step_times``) and are matched to the windows by the wall clock. Every
+second in one window and not at all in the next, the order of the two changing by turns (ABBA). It runs where the
+services run, not on the training thread's core: which core a caller uses is not the gateways' doing. The step times
+come from the training process itself (``telemetry.step_times``) and are matched to the windows by the wall clock. Every
 twentieth call is one that goes all the way into the training loop (ResumeRun of a run that is not paused).
 Limits: the median step time changes by less than 2 %, the 99th percentile by less than 10 %.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,8 +41,11 @@ _START_SECONDS: Final = 2.0
 Call = Callable[[], Awaitable[object]]
 
 
-async def load(kasmina: str, tolaria: str, run: str, windows: Sequence[tuple[float, float]]) -> dict[str, Any]:
+async def load(
+    kasmina: str, tolaria: str, run: str, cores: Sequence[int], windows: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
     """Call at RATE within ``windows`` (wall clock); returns counts and latencies. Runs in the client process."""
+    os.sched_setaffinity(0, cores)
     latencies: list[float] = []
     errors: dict[str, int] = {}
     name = f"runs/{run}"
@@ -97,6 +102,7 @@ def run_benchmark(pairs: int, window: float) -> dict[str, Any]:
             "kasmina": run.address("kasmina"),
             "tolaria": run.address("tolaria"),
             "run": run.folder.name,
+            "cores": run.process("kasmina").cpu_affinity(),
             "windows": [loaded for _, loaded in schedule],
         }
         # -m again, as another process: the client's own work must not be timed as ours.

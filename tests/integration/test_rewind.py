@@ -130,7 +130,10 @@ def test_a_rewind_is_told_wherever_its_seeds_are(whole: tuple[TolariaTrainer, Ar
     (told,) = [event for topic, event in mesh.events if topic == "system.events.rollback"]
     assert (told.from_step, told.to_step, list(told.seeds)) == (CULLED, GRAFT, [])
     shown = [picture for picture in mesh.pictures if getattr(picture, "reason", "").endswith(f"to step {GRAFT}")]
-    assert [picture.name for picture in shown] == ["runs/run-1/seeds/seed-1", "runs/run-1/seeds/seed-2"]
+    assert {picture.name for picture in shown} == {"runs/run-1/seeds/seed-1", "runs/run-1/seeds/seed-2"}
+    # In the record, too, and for good: their slots are free again by now.
+    lineage = json.loads((trainer.folder / "lineage.json").read_text())["seeds"]
+    assert [(seed["state"], seed["reason"]) for seed in lineage] == [("DORMANT", reason) for reason in reasons(trainer)]
     # Epochs that were taken back are not in the curve, and decisions are not made twice.
     curve = [json.loads(line)["epoch"] for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
     assert curve == list(range(1, 7))

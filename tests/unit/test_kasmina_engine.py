@@ -343,6 +343,7 @@ def test_a_slot_is_occupied_free_under_embargo_or_locked() -> None:
     assert engine.expire(2) == []
     assert path(engine.expire(3)) == ["DORMANT"]
     assert engine.seed("s1").outcome is S.CULLED
+    assert engine.seed("s1").reason == "a test", "how it ended, not that its slot is free"
     graft(engine, SPAN, 2, "b1")
     [rolled] = engine.roll_back(["b1"], step=5, reason="the loss spiked")
     assert rolled.to_state is S.ROLLED_BACK

@@ -341,7 +341,9 @@ Global___RunStateChanged: _TypeAlias = RunStateChanged  # noqa: Y015
 
 @_typing.final
 class RolledBack(_message.Message):
-    """Topic system.events.rollback, key = run. The governor or a caller restored an earlier state."""
+    """Topic system.events.rollback, key = run. The governor or a caller restored an earlier state, or the steps that a culled
+    seed had a part in are taken again without it ("cull: rewind" in the configuration).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -353,7 +355,7 @@ class RolledBack(_message.Message):
     run: _builtins.str
     """Required. "runs/{r}"."""
     from_step: _builtins.int
-    """Step at which training was unstable."""
+    """Step at which training was unstable, or the seed was culled."""
     to_step: _builtins.int
     """Step whose state was restored."""
     reason: _builtins.str

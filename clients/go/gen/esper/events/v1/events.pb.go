@@ -624,12 +624,13 @@ func (x *RunStateChanged) GetReason() string {
 	return ""
 }
 
-// Topic system.events.rollback, key = run. The governor or a caller restored an earlier state.
+// Topic system.events.rollback, key = run. The governor or a caller restored an earlier state, or the steps that a culled
+// seed had a part in are taken again without it ("cull: rewind" in the configuration).
 type RolledBack struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Required. "runs/{r}".
 	Run string `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
-	// Step at which training was unstable.
+	// Step at which training was unstable, or the seed was culled.
 	FromStep int64 `protobuf:"varint,2,opt,name=from_step,json=fromStep,proto3" json:"from_step,omitempty"`
 	// Step whose state was restored.
 	ToStep int64 `protobuf:"varint,3,opt,name=to_step,json=toStep,proto3" json:"to_step,omitempty"`

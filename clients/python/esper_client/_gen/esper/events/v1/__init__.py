@@ -188,7 +188,8 @@ default_message_pool.register_message("esper.events.v1", "KernelReady", KernelRe
 @dataclass(eq=False, repr=False)
 class RolledBack(betterproto2.Message):
     """
-    Topic system.events.rollback, key = run. The governor or a caller restored an earlier state.
+    Topic system.events.rollback, key = run. The governor or a caller restored an earlier state, or the steps that a culled
+    seed had a part in are taken again without it ("cull: rewind" in the configuration).
     """
 
     run: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
@@ -198,7 +199,7 @@ class RolledBack(betterproto2.Message):
 
     from_step: "int" = betterproto2.field(2, betterproto2.TYPE_INT64)
     """
-    Step at which training was unstable.
+    Step at which training was unstable, or the seed was culled.
     """
 
     to_step: "int" = betterproto2.field(3, betterproto2.TYPE_INT64)

@@ -344,7 +344,8 @@ export const RunStateChangedSchema: GenMessage<RunStateChanged> = /*@__PURE__*/
   messageDesc(file_esper_events_v1_events, 9);
 
 /**
- * Topic system.events.rollback, key = run. The governor or a caller restored an earlier state.
+ * Topic system.events.rollback, key = run. The governor or a caller restored an earlier state, or the steps that a culled
+ * seed had a part in are taken again without it ("cull: rewind" in the configuration).
  *
  * @generated from message esper.events.v1.RolledBack
  */
@@ -357,7 +358,7 @@ export type RolledBack = Message<"esper.events.v1.RolledBack"> & {
   run: string;
 
   /**
-   * Step at which training was unstable.
+   * Step at which training was unstable, or the seed was culled.
    *
    * @generated from field: int64 from_step = 2;
    */
