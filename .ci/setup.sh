@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the commands need: setup.sh python | tests
 #   python  .venv with every package of requirements/lock.txt
-#   tests   python, and what the tests run besides Python: Java and Maven (Kafka), PostgreSQL, Go, Node, grpcurl
+#   tests   python, and what the tests run besides Python: Java and Maven (Kafka), PostgreSQL, Go, Node, grpcurl, versitygw (S3)
 # Each step leaves a stamp and costs nothing while its inputs are unchanged. A program that is missing is
 # installed where apt and the rights are there; else its absence is one line, and a failure where CI=true.
 set -euo pipefail
@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 GRPCURL=v1.9.3
 PROTOC_GEN_GO=v1.36.10
+VERSITYGW=v1.8.0
 PROTOC_GEN_GO_GRPC=v1.5.1
 
 say() { echo "setup: $*"; }
@@ -101,6 +102,7 @@ go_tools() {
     have_go || return 0
     mkdir -p .tools/bin
     go_tool github.com/fullstorydev/grpcurl/cmd/grpcurl "$GRPCURL"
+    go_tool github.com/versity/versitygw/cmd/versitygw "$VERSITYGW"
     go_tool google.golang.org/protobuf/cmd/protoc-gen-go "$PROTOC_GEN_GO"
     go_tool google.golang.org/grpc/cmd/protoc-gen-go-grpc "$PROTOC_GEN_GO_GRPC"
 }
@@ -125,7 +127,7 @@ programs() {
     program "Java 17" have_java "the tests on a Kafka broker and of the Java client cannot run" default-jdk-headless
     program "Maven" have_maven "the tests on a Kafka broker and of the Java client cannot run" maven
     program "PostgreSQL" have_postgresql "the tests on PostgreSQL cannot run" postgresql
-    program "Go 1.23" have_go "the tests with grpcurl and of the Go client cannot run" golang-go
+    program "Go 1.23" have_go "the tests with grpcurl, on S3 and of the Go client cannot run" golang-go
     program "Node 20" have_node "the tests of the TypeScript client cannot run" nodejs npm
     if [ "${#missing[@]}" -eq 0 ]; then
         whereabouts >"$stamp"

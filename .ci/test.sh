@@ -93,7 +93,7 @@ case "$tier" in
         part "ruff" "$python" -m ruff check --quiet .
         part "generated code" .ci/generate.sh --check
         part "tests" limited "$python" -m pytest --numprocesses 2 --dist loadfile \
-            -m "not slow and not full and not kafka and not postgres" "$@"
+            -m "not slow and not full and not kafka and not postgres and not s3" "$@"
         part "no process left behind" "$python" .ci/leftovers.py "$ESPER_TEST_RUN"
         ;;
     *) echo "usage: test.sh all|fast [PYTEST ARGUMENT...]" >&2; exit 2 ;;

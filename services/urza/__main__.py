@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from esper.urza.v1.blueprint_service_pb2_grpc import add_BlueprintServiceServicer_to_server
 from services.chassis.service_main import ServiceContext, run_service
 from services.urza.library import Library
-from services.urza.objects import DirectoryObjects
+from services.urza.objects import DirectoryObjects, ObjectStore
 from services.urza.servicer import BlueprintServicer
 from services.urza.sql_metadata import SqlMetadata
 from services.urza.staging import Staging
@@ -25,6 +25,7 @@ class Urza:
         settings = context.config.services.urza
         self._url = settings.database_url or f"sqlite:///{context.state_dir / 'library.sqlite'}"
         self._artifacts = settings.artifacts_dir or context.state_dir / "artifacts"
+        self._s3 = settings.s3
         self._staging = context.state_dir / "uploads"
         self._keys = context.keys_dir
         self._context = context
@@ -42,9 +43,17 @@ class Urza:
 
     def _open(self) -> Library:
         self._metadata = SqlMetadata(self._url)
-        library = Library(self._metadata, DirectoryObjects(self._artifacts), Staging(self._staging), self._keys)
+        library = Library(self._metadata, self._objects(), Staging(self._staging), self._keys)
         library.seed()
         return library
+
+    def _objects(self) -> ObjectStore:
+        if self._s3.bucket is None:
+            return DirectoryObjects(self._artifacts)
+        # Only here: 15 MB that nobody needs whose artifacts are files.
+        from services.urza.s3_objects import S3Objects
+
+        return S3Objects(self._s3)
 
     async def stop(self) -> None:
         """Finish calls under way, close the stores."""

@@ -1,6 +1,6 @@
 """The port to the store of artifacts, and its embedded implementation: a folder.
 
-Another store (S3, say) is another class with these three methods.
+The other one is :mod:`services.urza.s3_objects`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from sqlalchemy import create_engine, event, inspect
 from services.blueprints.artifact import Characterization
 from services.blueprints.spec import Blueprint, InitRecipe
 from services.blueprints.vocabulary import InitRule
+from services.chassis.config.schema import S3Config
 from services.chassis.errors import EsperError, Reason
 from services.urza.metadata import BlueprintQuery, Cursor, KernelQuery, MetadataStore
 from services.urza.objects import DirectoryObjects, ObjectStore
@@ -30,9 +32,11 @@ from services.urza.records import (
     Outcome,
     OutcomeResult,
 )
+from services.urza.s3_objects import S3Objects
 from services.urza.schema import HEAD, METADATA, VERSION
 from services.urza.sql_metadata import _MIGRATIONS, SqlMetadata
 from tests.infrastructure.kernels import WIDTH
+from tests.infrastructure.s3 import S3Store
 
 _TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -446,9 +450,11 @@ def test_a_url_of_no_known_form_is_a_field_error(url: str) -> None:
 # Object stores.
 
 
-@pytest.fixture
-def objects(tmp_path: Path) -> ObjectStore:
-    return DirectoryObjects(tmp_path / "artifacts")
+@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.s3)])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "directory":
+        return DirectoryObjects(tmp_path / "artifacts")
+    return S3Objects(request.getfixturevalue("s3"))
 
 
 def test_objects_are_kept_whole_and_read_in_parts(objects: ObjectStore, tmp_path: Path) -> None:
@@ -460,6 +466,10 @@ def test_objects_are_kept_whole_and_read_in_parts(objects: ObjectStore, tmp_path
     assert objects.read("abcd", 0, 4) == b"\0\1\2\3"
     assert objects.read("abcd", 1_279_999, 100) == b"\xff"
     assert objects.read("abcd", 1_280_000, 100) == b""
+    assert objects.read("abcd", 7, 0) == b""
+    with ThreadPoolExecutor(4) as pool:
+        parts = pool.map(lambda place: objects.read("abcd", place * 256, 256), range(200))
+        assert set(parts) == {bytes(range(256))}
 
 
 def test_putting_again_replaces_what_was_damaged(objects: ObjectStore, tmp_path: Path) -> None:
@@ -484,4 +494,61 @@ def test_a_put_that_fails_leaves_what_was_there(objects: ObjectStore, tmp_path: 
         objects.put("abcd", tmp_path / "missing")
     assert caught.value.reason is Reason.STORAGE_FAILED
     assert objects.read("abcd", 0, 100) == b"whole"
-    assert [path.name for path in (tmp_path / "artifacts" / "ab").iterdir()] == ["abcd"]
+
+
+def test_a_put_that_fails_leaves_nothing_lying_about(tmp_path: Path) -> None:
+    objects = DirectoryObjects(tmp_path / "artifacts")
+    with pytest.raises(EsperError):
+        objects.put("abcd", tmp_path / "missing")
+    assert list((tmp_path / "artifacts" / "ab").iterdir()) == []
+
+
+def test_a_large_object_comes_back_from_a_bucket_as_it_was(s3: S3Config, s3_store: S3Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(0).randbytes(12 * 2**20))
+    objects = S3Objects(s3)
+    objects.put("abcd", source)
+    assert objects.size("abcd") == 12 * 2**20
+    assert b"".join(objects.read("abcd", place * 2**20, 2**20) for place in range(13)) == source.read_bytes()
+    assert (s3_store.folder / s3.prefix / "ab" / "abcd").stat().st_size == 12 * 2**20, "it is under its prefix"
+    assert S3Objects(s3.model_copy(update={"prefix": "elsewhere"})).size("abcd") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "variable", "said"),
+    [
+        ({"bucket": "not-there"}, None, "NoSuchBucket"),
+        ({}, "AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch"),
+        ({"endpoint_url": "http://127.0.0.1:1"}, None, "error sending request"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_says_so_at_once(
+    s3: S3Config, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], variable: str | None, said: str
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv(variable, "wrong")
+    with pytest.raises(EsperError, match=rf"services\.urza\.s3 cannot be used.*{said}") as caught:
+        S3Objects(s3.model_copy(update=change))
+    assert caught.value.reason is Reason.STORAGE_FAILED
+    assert "\n" not in caught.value.message
+
+
+def test_a_store_that_goes_away_loses_nothing(s3: S3Config, s3_store: S3Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"whole")
+    objects = S3Objects(s3)
+    objects.put("abcd", source)
+    s3_store.server.stop()
+    try:
+        for call in (
+            lambda: objects.put("efgh", source),
+            lambda: objects.size("abcd"),
+            lambda: objects.read("abcd", 0, 5),
+        ):
+            with pytest.raises(EsperError) as caught:
+                call()
+            assert caught.value.reason is Reason.STORAGE_FAILED
+    finally:
+        s3_store.server.start()
+    assert objects.read("abcd", 0, 100) == b"whole"
+    assert objects.size("efgh") is None

@@ -1,8 +1,8 @@
 """Every command of the README and the user guide is run, as it stands, in a folder that looks like the repository.
 
 A fenced ``sh`` block may be preceded by a comment that says how: ``<!-- make -->`` (its targets exist),
-``<!-- live -->`` (while a run goes on), ``<!-- kafka -->`` and ``<!-- cifar10 -->`` (where those are). All others
-run as they are, in their order; the python block is the file that the text names.
+``<!-- live -->`` (while a run goes on), ``<!-- kafka -->``, ``<!-- s3 -->`` and ``<!-- cifar10 -->`` (where those are).
+All others run as they are, in their order; the python block is the file that the text names.
 """
 
 from __future__ import annotations
@@ -150,3 +150,11 @@ def test_kafka_as_the_guide_says(folder: Path) -> None:
     for block in blocks("docs/user_guide.md"):
         if block.how == "kafka":
             run(block.text, folder)
+
+
+def test_s3_as_the_guide_says(folder: Path) -> None:
+    found = subprocess.run([ROOT / "deploy/s3/start.sh", "--find"], capture_output=True, check=False).returncode == 0
+    need(found, "versitygw is missing (`make test` builds it where Go is)")
+    (block,) = [block for block in blocks("docs/user_guide.md") if block.how == "s3"]
+    output = run(block.text, folder)
+    assert re.search(r"objects/esper/../[0-9a-f]{64}$", output, re.MULTILINE), "no kernel is in the bucket"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from esper.urza.v1.blueprint_service_pb2_grpc import BlueprintServiceStub
 from services.blueprints import families, signature, wire
 from services.blueprints.digest import sha256
 from services.blueprints.spec import Interface, SlotKind
+from services.chassis.config.schema import S3Config
 from services.chassis.errors import RemoteError, from_rpc_error
 from services.chassis.ids import new_id
 from tests.infrastructure.kernels import BOTTLENECK, SPAN, WIDEN, WIDTH, SignedKernel, signed_kernel
+from tests.infrastructure.s3 import S3Store
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHUNK = 2**20
@@ -85,13 +88,11 @@ def messages(kernel: SignedKernel, **changes: Any) -> list[pb.UploadKernelReques
 
 
 @contextlib.contextmanager
-def running(folder: Path, *more: str, database_url: str | None = None) -> Iterator[Urza]:
+def running(folder: Path, *more: str, **settings: Any) -> Iterator[Urza]:
     """The service on the state of ``folder``; killed at the end unless it has ended by then."""
     signature.generate_keypair(folder / "state" / "keys")
     config = folder / "config.yaml"
-    config.write_text(
-        json.dumps({"services": {"urza": {"database_url": database_url}}, "telemetry": {"traces": "off"}})
-    )
+    config.write_text(json.dumps({"services": {"urza": settings}, "telemetry": {"traces": "off"}}))
     command = [sys.executable, "-m", "services.urza", "--config", str(config), "--run-dir", str(folder), *more]
     with (
         (folder / "urza.log").open("ab") as log,
@@ -560,6 +561,39 @@ def test_it_runs_on_postgresql(tmp_path: Path, postgres_url: str) -> None:
     with running(tmp_path, database_url=postgres_url) as urza:
         assert urza.stub.GetKernel(pb.GetKernelRequest(name=kernel.name)).kernel == kernel
     assert not (tmp_path / "state" / "urza" / "library.sqlite").exists()
+
+
+@pytest.mark.slow
+def test_its_kernels_may_be_in_a_bucket(tmp_path: Path, s3: S3Config, s3_store: S3Store) -> None:
+    settings = s3.model_dump()
+    with running(tmp_path, s3=settings) as urza:
+        kernel = signed_kernel(urza.keys)
+        stored = urza.upload(kernel)
+        urza.process.kill()
+        urza.process.wait(_SECONDS)
+    (file,) = [path for path in (s3_store.folder / s3.prefix).rglob("*") if path.is_file()]
+    assert file.read_bytes() == kernel.data
+    assert not (tmp_path / "state" / "urza" / "artifacts").exists()
+    with running(tmp_path, s3=settings) as urza:
+        answers = list(urza.stub.DownloadKernel(pb.DownloadKernelRequest(name=stored.name)))
+        assert b"".join(answer.chunk for answer in answers[1:]) == kernel.data
+        file.write_bytes(b"x" * len(kernel.data))
+        damaged = refusal(lambda: list(urza.stub.DownloadKernel(pb.DownloadKernelRequest(name=stored.name))))
+        assert damaged.reason == "DIGEST_MISMATCH", "what somebody did to the bucket is never given out"
+
+
+def test_a_bucket_that_cannot_be_had_is_one_clear_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    s3 = {"bucket": "none", "endpoint_url": "http://127.0.0.1:1"}
+    config.write_text(json.dumps({"services": {"urza": {"s3": s3}}}))
+    command = [sys.executable, "-m", "services.urza", "--config", str(config), "--run-dir", str(tmp_path)]
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    ended = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **keys}
+    )
+    assert ended.returncode == 3
+    assert "Traceback" not in ended.stderr
+    assert "services.urza.s3 cannot be used" in ended.stderr
 
 
 @pytest.mark.parametrize("url", ["nosuch://x", "postgresql+psycopg://nobody@127.0.0.1:1/none"])

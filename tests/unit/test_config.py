@@ -175,6 +175,16 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_the_key_that_was_mean
         ("model: {factory: 'a.b:c'}", "the key factory is set, but name is not factory"),
         ("model: {name: factory, factory: 'no path'}", "model.factory: no path: string should match"),
         ("services: {host: 0.0.0.0}", "0.0.0.0 is not loopback"),
+        ("services: {urza: {s3: {bucket: 'No!'}}}", "services.urza.s3.bucket: No!: string should match"),
+        ("services: {urza: {artifacts_dir: a, s3: {bucket: abc}}}", "kept in one place; set one of them"),
+        (
+            "services: {urza: {s3: {bucket: abc, endpoint_url: 'http://192.0.2.1:9000'}}}",
+            "urza.s3.endpoint_url: 192.0.2.1 is not loopback; use https, or set insecure: true",
+        ),
+        (
+            "services: {urza: {s3: {endpoint_url: 's3.example.org'}}}",
+            "endpoint_url: s3.example.org: string should match",
+        ),
         ("services: {tls: {certificate: a.pem}}", "certificate and key belong together"),
         ("services: {tls: {require_client_certificate: true}}", "needs ca"),
         ("services: {tls: {certificate: a.pem, key: a.key}}", "set ca to the PEM file of the authority"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -423,6 +424,25 @@ class ServiceConfig(Section):
     port: Port = Field(default=0, description="Port to listen on; 0: any free one.")
 
 
+class S3Config(Section):
+    """Artifacts in a store with the S3 protocol; credentials come from the environment, never from here."""
+
+    bucket: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$",
+        description="Bucket, which must be there; null: artifacts are files in artifacts_dir.",
+    )
+    prefix: str = Field(
+        default="", pattern=r"^([\w.=-]+/)*[\w.=-]*$", description="Folder in the bucket, if others use it, too."
+    )
+    endpoint_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/?#@]+/?$",
+        description="Where the store is; null: at Amazon. Beyond loopback it needs https, or insecure.",
+    )
+    region: str | None = Field(default=None, description="Region; null: AWS_REGION of the environment, else us-east-1.")
+
+
 class UrzaConfig(ServiceConfig):
     """Blueprint and kernel library."""
 
@@ -430,6 +450,13 @@ class UrzaConfig(ServiceConfig):
     artifacts_dir: FilePath | None = Field(
         default=None, description="Folder of the artifacts; null: in the state folder."
     )
+    s3: S3Config = S3Config()
+
+    @model_validator(mode="after")
+    def _one_store(self) -> Self:
+        if self.artifacts_dir is not None and self.s3.bucket is not None:
+            raise ValueError("artifacts_dir and s3.bucket: artifacts are kept in one place; set one of them")
+        return self
 
 
 class TezzeretConfig(ServiceConfig):
@@ -535,6 +562,15 @@ class ServicesConfig(Section):
     def _safe_listener(self) -> Self:
         if not is_loopback(self.host) and self.tls.certificate is None and not self.insecure:
             raise ValueError(f"host: {self.host} is not loopback; configure tls, or set insecure: true to accept that")
+        return self
+
+    @model_validator(mode="after")
+    def _safe_artifacts(self) -> Self:
+        url = urlsplit(self.urza.s3.endpoint_url or "")
+        if url.scheme == "http" and not is_loopback(url.hostname or "") and not self.insecure:
+            raise ValueError(
+                f"urza.s3.endpoint_url: {url.hostname} is not loopback; use https, or set insecure: true to accept that"
+            )
         return self
 
 
