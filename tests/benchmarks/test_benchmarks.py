@@ -43,15 +43,15 @@ def test_a_change_is_found_between_pairs_and_none_where_there_is_none() -> None:
 
 @pytest.mark.full
 def test_control_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = result_of(control_load, tmp_path, capsys, "--pairs", "2", "--window", "0.5")
+    result = result_of(control_load, tmp_path, capsys, "--turns", "4", "--window", "0.5")
     assert result["calls"]["errors"] == {}
-    assert result["calls"]["calls"] == 2 * 100
+    assert result["calls"]["calls"] == 4 * 100
     assert 0 < result["steps"]["control"] < result["steps"]["all"]
-    for part in ("step_time", "step_cpu_time", "noise"):
+    for part in ("step_time", "step_cpu_time", "other_server", "beyond_other_server", "noise"):
         for figure in result[part].values():
             assert figure["interval"][0] <= figure["percent"] <= figure["interval"][1]
-    assert result["step_time"]["median"]["pairs"] == 2
-    assert result["noise"]["median"]["pairs"] == 1
+    assert result["step_time"]["median"]["pairs"] == 4
+    assert result["noise"]["median"]["pairs"] == 2
     assert result["environment"]["before"]["processors"] >= 1
 
 
