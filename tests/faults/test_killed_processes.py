@@ -14,9 +14,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 def test_each_service_may_be_killed_and_the_run_ends_well(tmp_path: Path) -> None:
     """The library and the compiler die while a kernel is on its way, the others one after the other."""
-    overrides = ("training.epochs=150", "compare=[]", "growth.decisions=1", "growth.kernel_timeout_epochs=100")
-    # Kernels that come late meet a network that has learned most: what they are worth is not the question here.
-    overrides += ("growth.evaluation.threshold=-100",)
+    overrides = (
+        *("training.epochs=150", "compare=[]", "growth.decisions=1", "growth.kernel_timeout_epochs=100"),
+        # Kernels that come late meet a network that has learned most: what they are worth is not the question here.
+        "growth.evaluation.threshold=-100",
+    )
     with running(tmp_path, *overrides) as run:
         run.until(lambda: run.lines("decisions.jsonl"), "a decision")
         killed = {}
