@@ -1,7 +1,7 @@
 """Does growing make training wait? ``python -m tests.benchmarks.adaptation_stall --out FILE [--decisions N]``.
 
 **While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo
-plants a seed every 25th epoch that leaves again once it was judged, so that the network is the host's between two
+plants a seed every 80th epoch that leaves again once it was judged, so that the network is the host's between two
 trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched
 and verified; each seed has a kernel of its own, so no cache has it. Every step of a window has a partner: the step at
 the same place in an epoch near by in which no seed was alive. ``percent`` is by how much the statistic of the windows'
@@ -12,9 +12,9 @@ thread in the same steps.
 
 ``warm`` are windows of a compiler as runs have it, some steps each; ``cold`` those after its processes were killed,
 before every third decision: it loads torch anew, which takes some hundred steps. ``other_work`` is what the machine
-makes of that: a Python of nobody's loads torch where the services run, once after each decision; the steps meanwhile
-have idle partners, too. ``cold_against_other_work`` compares the cold windows with their neighbors of these: what a
-compile costs beyond any other work on the other core.
+makes of that: a Python of nobody's loads torch where the services run, once after every third decision; the steps
+meanwhile have idle partners, too. ``cold_against_other_work`` compares the cold windows with their neighbors of these:
+what a compile costs beyond any other work on the other core.
 
 ``graft_pause``: what training stands still for, once for each kernel: the safe point in which it is verified again,
 parsed, built and grafted (milliseconds; no step, so in none of the figures above).
@@ -59,11 +59,12 @@ from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, config_of,
 
 STALL_LIMIT_PERCENT: Final = 5.0
 FOSSILIZED_LIMIT_PERCENT: Final = 2.0
-_EVERY: Final = 25
+#: Epochs between decisions: room for a cold compile or for other work, and for idle epochs beside them.
+_EVERY: Final = 80
 #: Epochs before a decision at which the compiler is killed: the trial before is over, the next has not begun.
 _KILL_BEFORE: Final = 4
 _COLD_EVERY: Final = 3
-#: Epochs after a decision at which other work is done: the seed has left.
+#: Epochs after the decision that follows a cold one at which other work is done: the seed has left.
 _OTHER_AFTER: Final = 14
 _OTHER_WORK: Final = (sys.executable, "-c", "import torch, torch._dynamo")
 _RUN: Final = (
@@ -192,9 +193,11 @@ def in_flight(folder: Path, decisions: int) -> dict[str, Any]:
         steps = measure.step_times(run.folder)
         lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
     per_epoch = max(step["step"] for step in steps) // epochs
-    alive = busy_epochs(lines)
-    busy = alive.union(*(_epochs_of(_steps_in(other, steps), per_epoch) for other in others))
-    pairs = pair(steps, windows(lines), busy, per_epoch)
+    alive, found = busy_epochs(lines), windows(lines)
+    # A compiler that was killed loads torch at once, before it is asked.
+    loading = [Window(kill, min((one.begin for one in found if one.begin >= kill), default=kill)) for kill in kills]
+    busy = alive.union(*(_epochs_of(_steps_in(other, steps), per_epoch) for other in (*others, *loading)))
+    pairs = pair(steps, found, busy, per_epoch)
     assert len(pairs) >= 2, f"only {len(pairs)} of {decisions} decisions led to a window with steps in it"
     other_work = [
         one for one in pair(steps, others, busy, per_epoch) if alive.isdisjoint(_epochs_of(one.steps, per_epoch))
@@ -279,7 +282,7 @@ def _until_over(run: Run, epochs: int) -> tuple[list[float], list[Window]]:
                 for worker in run.process("tezzeret").children(recursive=True):
                     if "resource_tracker" not in " ".join(worker.cmdline()):
                         worker.kill()
-        if epoch >= _EVERY * (len(others) + 1) + _OTHER_AFTER:
+        if epoch >= _EVERY * (_COLD_EVERY * len(others) + 2) + _OTHER_AFTER:
             began = time.time()
             subprocess.run(_OTHER_WORK, check=True)
             others.append(Window(began, time.time()))
@@ -413,7 +416,7 @@ def _bytes(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.T
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes JSON; 0 whatever the figures are."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--decisions", type=int, default=60)
+    parser.add_argument("--decisions", type=int, default=45)
     parser.add_argument("--rounds", type=int, default=100, help="turns of the fossilized and the static network")
     arguments = parser.parse_args(argv)
     before = measure.environment()
