@@ -230,7 +230,7 @@ GROWTH: Final = Protocol(
             for entry, arm, rates in (
                 ("mlp", "host", (0.05, 0.1, 0.2, 0.4)),
                 ("mlp", "tamiyo", (0.05, 0.1, 0.2, 0.4)),
-                ("vit", "host", (0.05, 0.1, 0.2)),
+                ("vit", "host", (0.05, 0.1, 0.2, 0.4)),
                 ("vit", "tamiyo", (0.05, 0.1, 0.2)),
                 ("digits", "host", (0.3, 0.6, 1.2, 2.4)),
                 ("digits", "tamiyo", (0.3, 0.6, 1.2)),
@@ -305,7 +305,7 @@ GROWTH: Final = Protocol(
             # Its steps take six times as long as those of convolutions of the same FLOPs.
             recipe=Recipe(limit=10_000),
             growth=Growth(target_widths=(48, 64, 64, 64)),
-            rates={"host": 0.1, "wide": 0.1, "grown": 0.1},
+            rates={"host": 0.2, "wide": 0.1, "grown": 0.1},
         ),
         "digits": Entry(
             network=Network(
