@@ -1,4 +1,4 @@
-"""Kernels at hand: verified before they are parsed, least recently used ones unloaded beyond a bound of bytes."""
+"""Kernels at hand: verified, then parsed, when they are needed; least recently used ones unloaded beyond a bound."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CacheStats:
         size_bytes: Bytes of their files.
         limit_bytes: Bound of those.
         load_seconds: Median time of the last lookups that hit; ``None`` before the first.
-        verify_seconds: Median time to verify and parse of the last kernels put in; ``None`` before the first.
+        verify_seconds: Median time to verify and parse of the last kernels opened; ``None`` before the first.
     """
 
     hits: int
@@ -47,8 +47,17 @@ class CacheStats:
         return self.hits / lookups if lookups else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """A file that is at hand, its signature neither verified nor a byte of it parsed."""
+
+    data: bytes
+    signature: bytes
+    public_key: Ed25519PublicKey
+
+
 class KernelCache:
-    """A thread-safe LRU of verified kernels by the digest of their file.
+    """A thread-safe LRU of kernels by the digest of their file; none leaves it unverified.
 
     Args:
         max_bytes: Bound on the sum of the files' sizes. A single larger kernel is returned but not kept.
@@ -57,7 +66,7 @@ class KernelCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._kernels: OrderedDict[bytes, tuple[Kernel, int]] = OrderedDict()
+        self._kernels: OrderedDict[bytes, tuple[Kernel | _Sealed, int]] = OrderedDict()
         self._bytes = 0
         self._hits = 0
         self._misses = 0
@@ -83,17 +92,34 @@ class KernelCache:
         elapsed = time.perf_counter() - start
         with self._lock:
             self._verify_seconds.append(elapsed)
-            self._forget(digest)
-            if len(data) <= self._max_bytes:
-                self._kernels[digest] = (kernel, len(data))
-                self._bytes += len(data)
-            while self._bytes > self._max_bytes:
-                self._forget(next(iter(self._kernels)))
-                self._evictions += 1
+            self._keep(digest, kernel, len(data))
         return kernel
 
+    def hold(self, data: bytes, digest: bytes, signature: bytes, public_key: Ed25519PublicKey) -> None:
+        """Keep a kernel's file at hand, to be verified and parsed by the first :meth:`get` of it.
+
+        For a thread beside the one that computes: verifying and parsing is some hundred microseconds of Python, which
+        it would take from whatever step is under way.
+
+        Args:
+            data: The file.
+            digest: SHA-256 that was promised, 32 bytes.
+            signature: Ed25519 over the digest.
+            public_key: Whom we trust.
+
+        Raises:
+            DigestMismatchError: It is not what was promised.
+        """
+        artifact.verify_digest(data, digest)
+        with self._lock:
+            self._keep(digest, _Sealed(data, signature, public_key), len(data))
+
     def get(self, digest: bytes) -> Kernel | None:
-        """The kernel with this digest, if it is at hand."""
+        """The kernel with this digest, if it is at hand.
+
+        Raises:
+            ArtifactError: It was at hand, but nobody trusted vouches for it, or it is no kernel; it is kept no longer.
+        """
         start = time.perf_counter()
         with self._lock:
             found = self._kernels.get(digest)
@@ -102,8 +128,13 @@ class KernelCache:
                 return None
             self._kernels.move_to_end(digest)
             self._hits += 1
+        kernel, _ = found
+        if isinstance(kernel, _Sealed):
+            self.unload(digest)
+            kernel = self.put(kernel.data, digest, kernel.signature, kernel.public_key)
+        with self._lock:
             self._load_seconds.append(time.perf_counter() - start)
-            return found[0]
+        return kernel
 
     def __contains__(self, digest: bytes) -> bool:
         """Whether it is at hand; counts as no lookup."""
@@ -114,6 +145,15 @@ class KernelCache:
         """Let go of a kernel; says whether it was at hand."""
         with self._lock:
             return self._forget(digest)
+
+    def _keep(self, digest: bytes, kernel: Kernel | _Sealed, size: int) -> None:
+        self._forget(digest)
+        if size <= self._max_bytes:
+            self._kernels[digest] = (kernel, size)
+            self._bytes += size
+        while self._bytes > self._max_bytes:
+            self._forget(next(iter(self._kernels)))
+            self._evictions += 1
 
     def _forget(self, digest: bytes) -> bool:
         found = self._kernels.pop(digest, None)

@@ -1,7 +1,9 @@
-"""The kernels of a run at hand: verified on the way in, parsed, cached, and kept in the run folder."""
+"""The kernels of a run at hand: cached, kept in the run folder, and verified before they are parsed."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -13,7 +15,7 @@ from services.tolaria.ports import KernelFile, KernelUnavailableError
 
 
 class KernelShelf:
-    """Thread-safe: the thread of the mesh's link loads, the training thread takes."""
+    """Thread-safe: the thread of the mesh's link fetches, the training thread takes."""
 
     def __init__(self, folder: Path, cache: KernelCache, public_key: Ed25519PublicKey) -> None:
         self._files = KernelFiles(folder, public_key)
@@ -32,25 +34,30 @@ class KernelShelf:
         self._files.write(file)
         return file.digest
 
-    def load(self, digest: str) -> None:
-        """Have the kernel ``digest`` (hex) at hand: from the run folder, where another process put it, verified again.
+    def fetch(self, digest: str) -> None:
+        """Have the kernel ``digest`` (hex) at hand, from the run folder, where another process put what it verified.
 
-        Raises KernelUnavailableError when it is gone or no longer genuine.
+        :meth:`take` verifies it again, between two steps; beside a step that would cost more (see ``KernelCache``).
+        Raises KernelUnavailableError when it is gone, or not that kernel any more.
         """
         if bytes.fromhex(digest) not in self._cache:
-            self._read(digest)
+            with self._readable(digest):
+                file = self._files.read(digest)
+                self._cache.hold(file.data, bytes.fromhex(digest), file.signature, self._public_key)
 
     def take(self, digest: str) -> Kernel:
         """The kernel ``digest`` (hex): from the cache, or from the run folder, verified again.
 
         Raises KernelUnavailableError when it is gone or no longer genuine.
         """
-        kernel = self._cache.get(bytes.fromhex(digest))
-        return kernel if kernel is not None else self._read(digest)
+        with self._readable(digest):
+            kernel = self._cache.get(bytes.fromhex(digest))
+            return kernel if kernel is not None else self._put(self._files.read(digest))
 
-    def _read(self, digest: str) -> Kernel:
+    @contextlib.contextmanager
+    def _readable(self, digest: str) -> Iterator[None]:
         try:
-            return self._put(self._files.read(digest))
+            yield
         except (OSError, ArtifactError) as error:
             raise KernelUnavailableError(
                 f"the kernel {digest[:12]} is not in the run folder any more: {error}"

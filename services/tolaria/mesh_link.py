@@ -231,7 +231,7 @@ class MeshLink:
                 self._take(Command.from_json(content))
         elif "kernel" in header:
             with contextlib.suppress(KernelUnavailableError):  # whoever takes it hears it
-                self.shelf.load(header["kernel"])
+                self.shelf.fetch(header["kernel"])
         else:
             with self._lock:
                 self._counts = EventCounts(**header["counts"])
@@ -246,7 +246,7 @@ class MeshLink:
         problem = header.get("error")
         if problem is None:
             try:
-                self.shelf.load(header["digest"])
+                self.shelf.fetch(header["digest"])
             except KernelUnavailableError as error:
                 problem = str(error)
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled this moment

@@ -16,6 +16,9 @@ makes of that: a Python of nobody's loads torch where the services run, once aft
 have idle partners, too. ``cold_against_other_work`` compares the cold windows with their neighbors of these: what a
 compile costs beyond any other work on the other core.
 
+``graft_pause``: what training stands still for, once for each kernel: the safe point in which it is verified again,
+parsed, built and grafted (milliseconds; no step, so in none of the figures above).
+
 ``steps_that_waited``: steps of windows that stood still, safe point included, without using their processor, for as
 long as half of their window: a step that waits for a compile waits about as long as it takes. Must be 0.
 
@@ -216,10 +219,18 @@ def in_flight(folder: Path, decisions: int) -> dict[str, Any]:
         "cold": _described(cold),
         "other_work": _described(other_work),
         "cold_against_other_work": _changes(beside),
+        "graft_pause": _grafts([one.window for one in pairs], steps),
         "steps_that_waited": len(waited(pairs)),
         "waited": waited(pairs),
         "placement": placement,
     }
+
+
+def _grafts(found: Sequence[Window], steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the safe points that windows end in; those at the ends of epochs hold more than a graft and do not count."""
+    following = (next((step for step in steps if step["began"] >= window.end), None) for window in found)
+    gaps = [1e3 * step["gap_seconds"] for step in following if step is not None and step["gap_seconds"] is not None]
+    return {"grafts": len(gaps), "ms": {"median": statistics.median(gaps), "greatest": max(gaps)} if gaps else None}
 
 
 def _after(kills: Sequence[float], pairs: Sequence[Pair]) -> list[Pair]:

@@ -465,6 +465,9 @@ def test_the_end_does_not_wait_for_a_service_that_hangs(services: Services, trai
     # Longer than the end waits: what is still asked for then is dropped.
     client = client_of(services, incarnation=time.time_ns(), rpc_timeout_seconds=10 * SECONDS)
     client.start()
+    # A service that it never met it may not even reach, which is over sooner.
+    answer = client.decide(observe(trainer), policy="utilization", request_id="met", deadline=SECONDS)
+    assert isinstance(answer, Decision), answer
     assert services.supervisor is not None
     pids = [services.supervisor.services[name].pid for name in ("tamiyo", "tezzeret")]
     with contextlib.ExitStack() as stack:

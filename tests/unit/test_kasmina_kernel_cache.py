@@ -94,6 +94,41 @@ def test_what_is_not_vouched_for_is_never_parsed_nor_kept(keys: signature.KeyPai
     assert cache.stats().entries == 0
 
 
+def test_a_file_at_hand_is_verified_and_parsed_when_it_is_needed(keys: signature.KeyPair) -> None:
+    private, public = keys.private_key, keys.public_key
+    cache = KernelCache(1 << 20)
+    data = kernel_file(2)
+    digest = sha256(data)
+    with pytest.raises(DigestMismatchError):
+        cache.hold(b"another file", digest, signature.sign(private, digest), public)
+    assert digest not in cache
+    cache.hold(data, digest, signature.sign(private, digest), public)
+    assert digest in cache
+    assert cache.stats().verify_seconds is None, "whoever holds it does not pay for that"
+    kernel = cache.get(digest)
+    assert kernel is not None
+    assert kernel.manifest.size == 2
+    assert cache.get(digest) is kernel, "once is enough"
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.entries, stats.size_bytes) == (2, 0, 1, len(data))
+    assert stats.verify_seconds is not None
+
+
+def test_a_file_at_hand_that_is_not_vouched_for_is_never_parsed_nor_given(keys: signature.KeyPair) -> None:
+    private, public = keys.private_key, keys.public_key
+    cache = KernelCache(1 << 20)
+    garbage = b"no kernel at all"
+    digest = sha256(garbage)
+    cache.hold(garbage, digest, signature.sign(private, sha256(b"something else")), public)
+    with pytest.raises(KernelSignatureError):
+        cache.get(digest)
+    assert cache.get(digest) is None, "kept no longer"
+    cache.hold(garbage, digest, signature.sign(private, digest), public)
+    with pytest.raises(MalformedKernelError):
+        cache.get(digest)
+    assert cache.stats().size_bytes == 0
+
+
 def test_the_torch_free_half_imports_no_torch() -> None:
     modules = ("lifecycle", "model", "errors", "kernel_cache")
     code = "import sys\n" + "".join(f"import services.kasmina.{name}\n" for name in modules)
