@@ -224,10 +224,17 @@ GROWTH: Final = Protocol(
     tuning=(
         Tuning(entries=("balanced",), arms=("host",), rates=(0.3, 0.6, 1.2), seeds=(0,)),
         Tuning(entries=("balanced",), arms=("tamiyo",), rates=(0.2, 0.4, 0.8), seeds=(0,)),
+        # Where the best of an arm's rates was the highest, one more beyond it.
         *(
             Tuning(entries=(entry,), arms=(arm,), rates=rates, seeds=(0,))
-            for entry, rates in (("mlp", (0.05, 0.1, 0.2)), ("digits", (0.3, 0.6, 1.2)))
-            for arm in ("host", "tamiyo")
+            for entry, arm, rates in (
+                ("mlp", "host", (0.05, 0.1, 0.2, 0.4)),
+                ("mlp", "tamiyo", (0.05, 0.1, 0.2, 0.4)),
+                ("vit", "host", (0.05, 0.1, 0.2, 0.4)),
+                ("vit", "tamiyo", (0.05, 0.1, 0.2)),
+                ("digits", "host", (0.3, 0.6, 1.2, 2.4)),
+                ("digits", "tamiyo", (0.3, 0.6, 1.2)),
+            )
         ),
     ),
     probed=("narrow_not_needy", "wide_but_needy"),
@@ -284,7 +291,7 @@ GROWTH: Final = Protocol(
             seeds=_SIX_SEEDS,
             recipe=Recipe(mirror_when_judged=False),
             growth=Growth(target_widths=(64, 64, 64, 64)),
-            rates={"host": 0.1, "wide": 0.1, "grown": 0.1},
+            rates={"host": 0.2, "wide": 0.2, "grown": 0.2},
         ),
         "vit": Entry(
             network=Network(
@@ -298,7 +305,7 @@ GROWTH: Final = Protocol(
             # Its steps take six times as long as those of convolutions of the same FLOPs.
             recipe=Recipe(limit=10_000),
             growth=Growth(target_widths=(48, 64, 64, 64)),
-            rates={"host": 0.1, "wide": 0.1, "grown": 0.1},
+            rates={"host": 0.2, "wide": 0.1, "grown": 0.1},
         ),
         "digits": Entry(
             network=Network(
@@ -308,6 +315,7 @@ GROWTH: Final = Protocol(
             seeds=_TWELVE,
             recipe=Recipe(data="digits", epochs=40, batch_size=50, flip=False, translate=1, mirror_when_judged=False),
             growth=Growth(target_widths=(6, 6, 10, 10), health_samples=1000),
+            rates={"host": 1.2, "wide": 0.6, "grown": 0.6},
         ),
     },
     contrasts=(
