@@ -507,7 +507,27 @@ def test_what_the_readme_and_the_guide_quote_is_what_the_json_says() -> None:
         assert "| extra budget, in epochs of the bigger network | grown |" in text
         assert report.quoting(text) == text, "run python -m tests.benchmarks.growth --report"
         assert report.quoting(text.replace("| 4 | ", "| 4 | 9")) == text, "what is between the marks is replaced"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| the host, not grown | " in readme
+    changed = readme.replace("| the host, not grown | ", "| the host, not grown | 9")
+    assert report.quoting(changed) == readme, "that of growth, too"
     assert report.quoting("no marks") == "no marks"
+
+
+def test_a_table_quoted_in_short_leaves_out_arms_that_lack_seeds(tmp_path: Path) -> None:
+    arms = table(tamiyo=[82.0, 83.0], host=[75.0, 76.5], random=[81.0])
+    content = {**GROWTH.content(), "entries": {"balanced": {"arms": ["host", "tamiyo", "random"], "seeds": [10, 11]}}}
+    made = {"protocol": content, "hosts": {"balanced": arms}, "contrasts": []}
+    (tmp_path / report.FOLDER).mkdir(parents=True)
+    (tmp_path / report.FOLDER / "growth.json").write_text(json.dumps(made))
+    mark = "<!-- from docs/benchmarks/growth.json, by python -m tests.benchmarks.growth --report -->"
+    quoted = report.quoting(f"before\n{mark}\nold\n<!-- end -->\nafter", tmp_path)
+    assert "| the host, not grown | 75.8 | " in quoted
+    assert "| +6.75 [+3.57, +9.93] |" in quoted
+    assert "by chance" not in quoted
+    assert "old" not in quoted
+    assert quoted.startswith("before\n")
+    assert quoted.endswith("<!-- end -->\nafter")
 
 
 def test_budgets_are_drawn_together(tmp_path: Path) -> None:

@@ -10,17 +10,14 @@ from typing import Any, Final
 
 from services.chassis.files import write_atomically
 from tests.benchmarks.growth import arms, plots
-from tests.benchmarks.growth.analysis import difference, parts, spread, verdict
+from tests.benchmarks.growth.analysis import compare, difference, differences, parts, spread, verdict
 from tests.infrastructure.processes import ROOT
 
 PAGE: Final = "docs/benchmarks.md"
 FOLDER: Final = "docs/benchmarks"
-#: Where the extend result is quoted, between :data:`_MARKS`.
+#: Where results are quoted, each between :func:`_mark` of its JSON and :data:`_END`.
 QUOTING: Final = ("README.md", "docs/user_guide.md")
-_MARKS: Final = (
-    "<!-- from docs/benchmarks/extend.json, by python -m tests.benchmarks.growth --report -->",
-    "<!-- end -->",
-)
+_END: Final = "<!-- end -->"
 _HEAD: Final = """# What growth is worth
 
 This page is written by `python -m tests.benchmarks.growth --report` from the JSON files in `docs/benchmarks/`; a test
@@ -71,16 +68,21 @@ def write(root: Path = ROOT) -> Path:
 
 
 def quoting(text: str, root: Path = ROOT) -> str:
-    """``text`` with the table of the extend result between its marks, where it has them, as the JSON has it now."""
-    extend = _read(root / FOLDER / "extend.json")
-    if extend is None or _MARKS[0] not in text:
-        return text
-    before, _, rest = text.partition(_MARKS[0])
-    _, _, after = rest.partition(_MARKS[1])
-    return f"{before}{_MARKS[0]}\n{_in_short(extend)}\n{_MARKS[1]}{after}"
+    """``text`` with the tables of the results between their marks, where it has them, as the JSON has them now."""
+    for name, in_short in (("extend", _extend_in_short), ("growth", _growth_in_short)):
+        found = _read(root / FOLDER / f"{name}.json")
+        if found is not None and _mark(name) in text:
+            before, _, rest = text.partition(_mark(name))
+            _, _, after = rest.partition(_END)
+            text = f"{before}{_mark(name)}\n{in_short(found)}\n{_END}{after}"
+    return text
 
 
-def _in_short(extend: Mapping[str, Any]) -> str:
+def _mark(name: str) -> str:
+    return f"<!-- from docs/benchmarks/{name}.json, by python -m tests.benchmarks.growth --report -->"
+
+
+def _extend_in_short(extend: Mapping[str, Any]) -> str:
     """Test accuracies and the two differences that matter, by budget."""
     head = "| extra budget, in epochs of the bigger network | grown | trained on | bigger, from scratch "
     rows = [f"{head}| grown over trained on | grown over from scratch |", "|---|---|---|---|---|---|"]
@@ -88,9 +90,31 @@ def _in_short(extend: Mapping[str, Any]) -> str:
     for budget, table in extend["budgets"].items():
         others = ("trained_on", "from_scratch")
         means = [statistics.fmean(table["arms"][arm]["test_accuracy"]) for arm in ("grown", *others)]
-        gains = [difference(by_pair["grown", other, budget]).replace(" points", "") for other in others]
+        gains = [_in_table(by_pair["grown", other, budget]) for other in others]
         rows.append(f"| {' | '.join([budget, *(f'{mean:.1f}' for mean in means), *gains])} |")
     return "\n".join(rows)
+
+
+def _growth_in_short(growth: Mapping[str, Any]) -> str:
+    """The balanced host's arms against the grown one; those only whose seeds are all there."""
+    described = growth["protocol"]["entries"]["balanced"]
+    arms_of = growth["hosts"]["balanced"]["arms"]
+    rows = ["| arm | test % | parameters | grown over it |", "|---|---|---|---|"]
+    for arm in described["arms"]:
+        table = arms_of.get(arm)
+        if table is None or table["seed"] != described["seeds"]:
+            continue
+        gain = "-"
+        if arm != "tamiyo":
+            pairs = list(differences(growth["hosts"], "balanced", "tamiyo", arm).values())
+            gain = _in_table(compare([pairs], margin=None, confidence=growth["protocol"]["confidence"]))
+        test, parameters = (statistics.fmean(table[key]) for key in ("test_accuracy", "parameters"))
+        rows.append(f"| {IN_WORDS[arm]} | {test:.1f} | {parameters:,.0f} | {gain} |")
+    return "\n".join(rows)
+
+
+def _in_table(found: Mapping[str, Any]) -> str:
+    return difference(found).replace(" points", "")
 
 
 def pages(root: Path = ROOT) -> tuple[str, dict[str, str]]:

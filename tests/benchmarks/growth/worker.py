@@ -5,6 +5,7 @@ It ends at once when its input ends, in the middle of a run too: whoever gave th
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -86,6 +87,9 @@ def main(argv: list[str]) -> None:
             say({"record": obey(order, mesh, data_dir)})
         except Exception:  # noqa: BLE001 - whatever a run dies of is for the runner to tell, with its place
             say({"error": traceback.format_exc()})
+        # A run leaves its data set in a cycle of references, and so few objects that the collector would not come by
+        # itself: each run would keep some 150 MB.
+        gc.collect()
 
 
 if __name__ == "__main__":
