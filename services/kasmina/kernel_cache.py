@@ -98,8 +98,8 @@ class KernelCache:
     def hold(self, data: bytes, digest: bytes, signature: bytes, public_key: Ed25519PublicKey) -> None:
         """Keep a kernel's file at hand, to be verified and parsed by the first :meth:`get` of it.
 
-        For a thread beside the one that computes: verifying and parsing is some hundred microseconds of Python, which
-        it would take from whatever step is under way.
+        For whoever may be beside the thread that computes: verifying and parsing is some hundred microseconds of
+        Python, which would be taken from whatever step is under way.
 
         Args:
             data: The file.

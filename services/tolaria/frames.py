@@ -33,3 +33,15 @@ def unpack(stream: BinaryIO) -> Iterator[Frame]:
             if len(text) + len(body) < text_length + body_length:
                 return
             yield json.loads(text), body
+
+
+def split(read: bytearray) -> Iterator[dict[str, Any]]:
+    """Take the whole frames out of ``read``, one by one; the beginning of the next one stays. Without binary parts."""
+    while len(read) >= _LENGTHS.size:
+        text_length, body_length = _LENGTHS.unpack_from(read)
+        end = _LENGTHS.size + text_length
+        if len(read) < end + body_length:
+            return
+        text = bytes(read[_LENGTHS.size : end])
+        del read[: end + body_length]
+        yield json.loads(text)

@@ -15,7 +15,7 @@ from services.tolaria.ports import KernelFile, KernelUnavailableError
 
 
 class KernelShelf:
-    """Thread-safe: the thread of the mesh's link fetches, the training thread takes."""
+    """Thread-safe: the training thread takes; the mesh's link fetches, in whichever thread it hears of a kernel."""
 
     def __init__(self, folder: Path, cache: KernelCache, public_key: Ed25519PublicKey) -> None:
         self._files = KernelFiles(folder, public_key)

@@ -1,26 +1,33 @@
-"""Does growing make training wait? ``python -m tests.benchmarks.adaptation_stall --out FILE [--decisions N]``.
+"""Does growing make training wait? ``python -m tests.benchmarks.adaptation_stall --out FILE``.
 
 **While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo
-plants a seed every 80th epoch that leaves again once it was judged, so that the network is the host's between two
+plants a seed every eighth epoch that leaves again once it was judged, so that the network is the host's between two
 trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched
 and verified; each seed has a kernel of its own, so no cache has it. Every step of a window has a partner: the step at
 the same place in an epoch near by in which no seed was alive. ``percent`` is by how much the statistic of the windows'
 steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 % bootstrap intervals over whole
-windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the pooled figure counts. ``noise`` is
-the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is the CPU time of the training
-thread in the same steps.
+windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the pooled figure counts. What other
+tenants of a processor do to it comes and goes within seconds, and the tail of a few long windows says more of them
+than of us: there are hundreds of short ones, seconds apart. ``noise`` is the same between idle epochs: what the
+machine does on its own. ``step_cpu_time`` is the CPU time of the training thread in the same steps.
 
-``warm`` are windows of a compiler as runs have it, some steps each; ``cold`` those after its processes were killed,
-before every third decision: it loads torch anew, which takes some hundred steps. ``other_work`` is what the machine
-makes of that: a Python of nobody's loads torch where the services run, once after every third decision; the steps
-meanwhile have idle partners, too. ``cold_against_other_work`` compares the cold windows with their neighbors of these:
-what a compile costs beyond any other work on the other core.
+``other_work``: where two cores share a cache, or are two threads of one core, any work on one slows the other. Once
+after every trial, from the beginning of an epoch, a Python of nobody's works where the services run, for as long as a
+window usually lasts (it writes and reads JSON); its steps have idle partners, too. ``beyond_other_work`` compares the
+windows with their neighbors of these: what a kernel on its way costs training more than any other work on the other
+core does, which is what is left for Esper to mend. The same limit.
 
 ``graft_pause``: what training stands still for, once for each kernel: the safe point in which it is verified again,
 parsed, built and grafted (milliseconds; no step, so in none of the figures above).
 
 ``steps_that_waited``: steps of windows that stood still, safe point included, without using their processor, for as
 long as half of their window: a step that waits for a compile waits about as long as it takes. Must be 0.
+
+**When the compiler fails meanwhile** (``faults``): another such run, with a decision every 80th epoch. ``cold`` are the
+windows after the compiler's processes were killed, before every third decision: it loads torch anew, which takes some
+hundred steps. ``other_work`` is what the machine makes of that: a Python of nobody's loads torch where the services
+run, once after every third decision; the steps meanwhile have idle partners, too. ``cold_against_other_work`` compares
+the cold windows with their neighbors of these: what a compile costs beyond any other work on the other core.
 
 **Once it is part of the network** (``fossilized``): a widening and a branch that were fossilized by the trainer,
 against the same network as rebuilt from its export in plain PyTorch, in one process, by turns of 20 steps of the
@@ -30,7 +37,10 @@ backward pass. Limit: 2 %.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import json
+import operator
 import os
 import random
 import statistics
@@ -59,17 +69,24 @@ from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, config_of,
 
 STALL_LIMIT_PERCENT: Final = 5.0
 FOSSILIZED_LIMIT_PERCENT: Final = 2.0
-#: Epochs between decisions: room for a cold compile or for other work, and for idle epochs beside them.
-_EVERY: Final = 80
+#: Epochs between decisions: a trial lives for three, other work takes one, and both need idle partners near by.
+_EVERY: Final = 8
+#: Epochs after a decision at which other work is done, and for how long, about as a kernel takes.
+_OTHER_AFTER: Final = 4
+_OTHER_SECONDS: Final = 0.15
+_OTHER_DATA: Final = {str(number): [number, 2.5 * number, "x" * 20] for number in range(500)}
+#: The same where the compiler is killed: room for a cold compile or for other work, and for idle epochs beside them.
+_EVERY_FAULT: Final = 80
 #: Epochs before a decision at which the compiler is killed: the trial before is over, the next has not begun.
 _KILL_BEFORE: Final = 4
 _COLD_EVERY: Final = 3
 #: Epochs after the decision that follows a cold one at which other work is done: the seed has left.
-_OTHER_AFTER: Final = 14
-_OTHER_WORK: Final = (sys.executable, "-c", "import torch, torch._dynamo")
+_OTHER_AFTER_COLD: Final = 14
+_COLD_WORK: Final = (sys.executable, "-c", "import torch, torch._dynamo")
 _RUN: Final = (
     "data.translate=0",
-    "model.widths=[16,24,32]",
+    # Small, so that many steps fall into the time of a kernel.
+    "model.widths=[8,12,16]",
     # No seed is worth that much: each is judged and leaves, and the network is the host's again.
     "growth.evaluation.threshold=1000",
     "growth.evaluation.doubtful=cull",
@@ -83,6 +100,8 @@ _RUN: Final = (
     'growth.slots=["groups.1.conv1"]',
     "growth.kernel_timeout_epochs=80",
 )
+#: Far below a step: other work is to begin where windows do, when an epoch is over.
+_LOOK_SECONDS: Final = 0.002
 _TURN: Final = 20
 #: As the services.
 _NICE: Final = 10
@@ -135,9 +154,11 @@ def pair(steps: Sequence[dict[str, Any]], found: Sequence[Window], busy: set[int
     pairs = []
     for window in found:
         inside = _steps_in(window, steps)
+        if not inside:
+            continue  # shorter than a step, or between two epochs
         epochs = _epochs_of(inside, per_epoch)
         near = sorted(idle, key=lambda epoch: abs(epoch - epochs[0]))[: 2 * len(epochs)]
-        if inside and len(near) == 2 * len(epochs):
+        if len(near) == 2 * len(epochs):
             at = [divmod(step["step"] - 1, per_epoch) for step in inside]
             partners = [
                 [by_number[near[2 * epochs.index(epoch) + side] * per_epoch + place + 1] for epoch, place in at]
@@ -148,7 +169,9 @@ def pair(steps: Sequence[dict[str, Any]], found: Sequence[Window], busy: set[int
 
 
 def _steps_in(window: Window, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [step for step in steps if window.has(step["began"]) and window.has(step["began"] + step["seconds"])]
+    first = bisect.bisect_left(steps, window.begin, key=operator.itemgetter("began"))
+    after = bisect.bisect_right(steps, window.end, key=operator.itemgetter("began"))
+    return [step for step in steps[first:after] if window.has(step["began"] + step["seconds"])]
 
 
 def _epochs_of(steps: Sequence[dict[str, Any]], per_epoch: int) -> list[int]:
@@ -182,14 +205,26 @@ def waited(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return found
 
 
-def in_flight(folder: Path, decisions: int) -> dict[str, Any]:
-    """A live run of ``decisions`` decisions."""
-    epochs = _EVERY * (decisions + 1)
-    window = [_EVERY / epochs, _EVERY * decisions / epochs]
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a live run showed: its windows, the times in which other work was done, and when its compiler was killed."""
+
+    pairs: list[Pair]
+    other_work: list[Pair]
+    kills: list[float]
+    steps: list[dict[str, Any]]
+    placement: dict[str, Any]
+
+
+def live(folder: Path, decisions: int, *, faults: bool = False) -> Live:
+    """A live run of ``decisions`` decisions; with ``faults`` its compiler is killed and other work done."""
+    every = _EVERY_FAULT if faults else _EVERY
+    epochs = every * (decisions + 1)
+    window = [every / epochs, every * decisions / epochs]
     overrides = (*_RUN, f"training.epochs={epochs}", f"growth.decisions={decisions}", f"growth.window={window}")
     with measure.endless_run(folder, *overrides) as run:
         placement = _placement(run)
-        kills, others = _until_over(run, epochs)
+        kills, others = (_failing if faults else _beside)(run, epochs)
         steps = measure.step_times(run.folder)
         lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
     per_epoch = max(step["step"] for step in steps) // epochs
@@ -202,31 +237,51 @@ def in_flight(folder: Path, decisions: int) -> dict[str, Any]:
     other_work = [
         one for one in pair(steps, others, busy, per_epoch) if alive.isdisjoint(_epochs_of(one.steps, per_epoch))
     ]
-    cold = _after(kills, pairs)
-    warm = [one for one in pairs if one not in cold]
-    tail = _figures(pairs, "seconds", lambda one: (one.idle, one.steps))
-    assert tail is not None
-    beside = [
-        ([step["seconds"] for step in other.steps], [step["seconds"] for step in one.steps])
-        for one in cold
-        for other in sorted(other_work, key=lambda other: abs(other.window.begin - one.window.begin))[:1]
-    ]
+    return Live(pairs, other_work, kills, steps, placement)
+
+
+def in_flight(run: Live) -> dict[str, Any]:
+    """What an undisturbed run says."""
+    tail = _figures(run.pairs, "seconds", lambda one: (one.idle, one.steps))
+    assert tail is not None, "a live run has windows"
+    beyond = _against(run.pairs, run.other_work)
     return {
-        "windows": len(pairs),
-        "steps": sum(len(one.steps) for one in pairs),
-        "step_time": tail,
-        "step_cpu_time": _figures(pairs, "cpu_seconds", lambda one: (one.idle, one.steps)),
-        "noise": _figures(pairs, "seconds", lambda one: (one.other_idle, one.idle)),
+        **_described(run.pairs),
+        "step_cpu_time": _figures(run.pairs, "cpu_seconds", lambda one: (one.idle, one.steps)),
+        "noise": _figures(run.pairs, "seconds", lambda one: (one.other_idle, one.idle)),
         "holds": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["pooled_interval"]),
-        "warm": _described(warm),
-        "cold": _described(cold),
-        "other_work": _described(other_work),
-        "cold_against_other_work": _changes(beside),
-        "graft_pause": _grafts([one.window for one in pairs], steps),
-        "steps_that_waited": len(waited(pairs)),
-        "waited": waited(pairs),
-        "placement": placement,
+        "other_work": _described(run.other_work),
+        "beyond_other_work": beyond,
+        "holds_beyond_other_work": beyond and measure.below(STALL_LIMIT_PERCENT, beyond["p99"]["pooled_interval"]),
+        "graft_pause": _grafts([one.window for one in run.pairs], run.steps),
+        "steps_that_waited": len(waited(run.pairs)),
+        "waited": waited(run.pairs),
+        "placement": run.placement,
     }
+
+
+def under_faults(run: Live) -> dict[str, Any]:
+    """What a run says whose compiler was killed."""
+    cold = _after(run.kills, run.pairs)
+    return {
+        "cold": _described(cold),
+        "other_work": _described(run.other_work),
+        "cold_against_other_work": _against(cold, run.other_work),
+        "noise": _figures(run.pairs, "seconds", lambda one: (one.other_idle, one.idle)),
+        "steps_that_waited": len(waited(run.pairs)),
+        "waited": waited(run.pairs),
+    }
+
+
+def _against(pairs: Sequence[Pair], others: Sequence[Pair]) -> dict[str, Any] | None:
+    """The steps of windows against those of the windows among ``others`` that are nearest in time."""
+    return _changes(
+        [
+            ([step["seconds"] for step in other.steps], [step["seconds"] for step in one.steps])
+            for one in pairs
+            for other in sorted(others, key=lambda other: abs(other.window.begin - one.window.begin))[:1]
+        ]
+    )
 
 
 def _grafts(found: Sequence[Window], steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -243,6 +298,7 @@ def _after(kills: Sequence[float], pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _described(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """``step_time`` is None where there is none."""
     lengths = [one.window.end - one.window.begin for one in pairs]
     return {
         "windows": len(pairs),
@@ -258,36 +314,46 @@ def _step_aside(run: Run) -> None:
     os.nice(_NICE)
 
 
-def _epochs_over(run: Run) -> Iterator[int]:
-    """The number of finished epochs, again and again; what was read once is not read again."""
-    found = 0
-    with (run.folder / METRICS_FILE).open("rb") as file:
-        while True:
-            found += file.read().count(b"\n")
-            yield found
-
-
-def _until_over(run: Run, epochs: int) -> tuple[list[float], list[Window]]:
-    """Wait for the end; returns when the compiler's processes were killed, and when other work was done."""
+def _epochs_over(run: Run, epochs: int) -> Iterator[int]:
+    """The number of finished epochs, again and again until nearly all of them are over."""
     run.until_epoch(1)
     _step_aside(run)
+    found = 0
+    with (run.folder / METRICS_FILE).open("rb") as file:
+        while found < epochs - 1:
+            found += file.read().count(b"\n")
+            yield found
+            time.sleep(_LOOK_SECONDS)
+    run.until(lambda: len(run.lines(STEP_TIMES_FILE)) > 0 and len(run.metrics()) >= epochs, "the last epoch", 120.0)
+
+
+def _beside(run: Run, epochs: int) -> tuple[list[float], list[Window]]:
+    """Wait for the end, other work done meanwhile; returns no kills, and when it was done."""
+    others: list[Window] = []
+    for epoch in _epochs_over(run, epochs):
+        if epoch >= _EVERY * (len(others) + 1) + _OTHER_AFTER:
+            began = time.time()
+            while time.time() < began + _OTHER_SECONDS:
+                json.loads(json.dumps(_OTHER_DATA))
+            others.append(Window(began, time.time()))
+    return [], others
+
+
+def _failing(run: Run, epochs: int) -> tuple[list[float], list[Window]]:
+    """Wait for the end; returns when the compiler's processes were killed, and when other work was done."""
     kills: list[float] = []
     others: list[Window] = []
-    for epoch in _epochs_over(run):
-        if epoch >= epochs - 1:
-            break
-        if epoch >= _EVERY * (_COLD_EVERY * len(kills) + 1) - _KILL_BEFORE:
+    for epoch in _epochs_over(run, epochs):
+        if epoch >= _EVERY_FAULT * (_COLD_EVERY * len(kills) + 1) - _KILL_BEFORE:
             kills.append(time.time())
             with contextlib.suppress(psutil.NoSuchProcess):
                 for worker in run.process("tezzeret").children(recursive=True):
                     if "resource_tracker" not in " ".join(worker.cmdline()):
                         worker.kill()
-        if epoch >= _EVERY * (_COLD_EVERY * len(others) + 2) + _OTHER_AFTER:
+        if epoch >= _EVERY_FAULT * (_COLD_EVERY * len(others) + 2) + _OTHER_AFTER_COLD:
             began = time.time()
-            subprocess.run(_OTHER_WORK, check=True)
+            subprocess.run(_COLD_WORK, check=True)
             others.append(Window(began, time.time()))
-        time.sleep(0.05)
-    run.until(lambda: len(run.lines(STEP_TIMES_FILE)) > 0 and len(run.metrics()) >= epochs, "the last epoch", 120.0)
     return kills, others
 
 
@@ -413,23 +479,36 @@ def _bytes(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.T
     return sum(held.values())
 
 
+def _fault_rows(
+    failing: dict[str, Any] | None, tail: Callable[[dict[str, Any] | None], str]
+) -> Iterator[tuple[str, str]]:
+    if failing is None:
+        return
+    for name, said in (("cold", "cold compiler"), ("other_work", "torch loaded beside")):
+        yield f"p99, {said}", f"{tail(failing[name]['step_time'])}, {failing[name]['steps']} steps"
+    yield "p99, the one against the other", tail(failing["cold_against_other_work"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes JSON; 0 whatever the figures are."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--decisions", type=int, default=45)
+    parser.add_argument("--decisions", type=int, default=400)
+    parser.add_argument("--faults", type=int, default=30, help="decisions of the run whose compiler is killed; or 0")
     parser.add_argument("--rounds", type=int, default=100, help="turns of the fossilized and the static network")
     arguments = parser.parse_args(argv)
     before = measure.environment()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="esper-stall-") as name:
         folder = Path(name)
-        live = in_flight(folder / "run", arguments.decisions)
+        flying = in_flight(live(folder / "run", arguments.decisions))
+        failing = under_faults(live(folder / "faults", arguments.faults, faults=True)) if arguments.faults else None
         settled = {
             "widening": fossilized(folder / "widening", WIDEN, "groups.1.conv1", 12, arguments.rounds),
             "branch": fossilized(folder / "branch", BRANCH, "span:groups.3", 16, arguments.rounds),
         }
     result = {
-        "in_flight": live,
+        "in_flight": flying,
+        "faults": failing,
         "fossilized": settled,
         "limits_percent": {"in_flight_p99": STALL_LIMIT_PERCENT, "fossilized": FOSSILIZED_LIMIT_PERCENT},
         "method": __doc__,
@@ -444,16 +523,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return "not measured" if changes is None else row(changes["p99"], "pooled_percent", "pooled_interval")
 
     rows = [
-        ("windows, steps in them", f"{live['windows']}, {live['steps']}"),
-        ("step time, median", row(live["step_time"]["median"])),
-        ("step time, p99", f"{tail(live['step_time'])} (limit 5 %)"),
-        *(
-            (f"p99, {name.replace('_', ' ')}", f"{tail(live[name]['step_time'])}, {live[name]['steps']} steps")
-            for name in ("warm", "cold", "other_work")
-        ),
-        ("p99, cold against other work", tail(live["cold_against_other_work"])),
-        ("p99, idle steps against idle steps", tail(live["noise"])),
-        ("steps that waited", str(live["steps_that_waited"])),
+        ("windows, steps in them", f"{flying['windows']}, {flying['steps']}"),
+        ("step time, median", row(flying["step_time"]["median"])),
+        ("step time, p99", f"{tail(flying['step_time'])} (limit 5 %)"),
+        ("p99, other work", tail(flying["other_work"]["step_time"])),
+        ("p99, beyond other work", f"{tail(flying['beyond_other_work'])} (limit 5 %)"),
+        ("p99, idle steps against idle steps", tail(flying["noise"])),
+        ("steps that waited", str(flying["steps_that_waited"] + (failing["steps_that_waited"] if failing else 0))),
+        *_fault_rows(failing, tail),
         *(
             (f"fossilized {name}", f"{row(found)}, memory {found['memory_percent']:+.2f} %")
             for name, found in settled.items()

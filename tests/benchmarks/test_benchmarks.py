@@ -117,6 +117,8 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
     assert [step["step"] for step in pair.steps] == [21, 22, 23]
     assert [step["step"] for step in pair.idle] == [17, 18, 19]
     assert [step["step"] for step in pair.other_idle] == [13, 14, 15]
+    between_steps = adaptation_stall.Window(0.201, 0.202)
+    assert adaptation_stall.pair(steps, [between_steps], busy, per_epoch=4) == []
     assert adaptation_stall.waited([pair]) == []
     steps[21]["gap_seconds"] = 0.031
     assert [step["step"] for step in adaptation_stall.waited([pair])] == [22]

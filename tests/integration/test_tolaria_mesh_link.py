@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from services.blueprints import signature
 from services.chassis.config.loader import dump
 from services.chassis.process import BACKGROUND_CORES
 from services.kasmina.kernel_cache import KernelCache
-from services.tolaria import observation
+from services.tolaria import frames, observation
 from services.tolaria.kernel_shelf import KernelShelf
 from services.tolaria.mesh_link import MeshLink
 from services.tolaria.ports import (
@@ -143,6 +144,30 @@ def test_a_kernel_that_nobody_needs_or_that_was_changed_is_not_given(link: MeshL
         asked.result(SECONDS)
     link._answered(10**6, {"digest": digest})  # nobody waits for it any more
     link._hear({"kernel": digest})
+
+
+def test_what_comes_while_training_computes_is_heard_when_it_looks(link: MeshLink, trainer: TolariaTrainer) -> None:
+    assert link.until_ready(SECONDS)
+    request = link.obtain_kernel(target_of(trainer, seed=200))
+    until(lambda: any(b'"digest"' in read for read in list(link._unheard)), "its answer is read")
+    assert not request.future.done(), "heard by the thread beside a step"  # type: ignore[attr-defined]  # as above
+    assert request.done
+    assert link.shelf.take(request.result(0.0)).manifest.size == 1
+
+
+def test_what_nobody_hears_for_long_is_no_heap(services: Services) -> None:
+    link = link_of(services)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # as many reads as are sent
+    reading = threading.Thread(target=link._read, args=(ours,))
+    reading.start()
+    with ours, theirs:
+        for published in range(100):
+            theirs.send(frames.pack({"counts": {"published": published, "dropped": 0}}))
+        until(lambda: link._counts.published >= 64, "the reading thread heard them itself")
+        assert len(link._unheard) <= 64
+        theirs.shutdown(socket.SHUT_RDWR)
+        reading.join()
+    assert link._counts.published == 99
 
 
 def test_tamiyo_that_is_late_costs_the_decision_and_nothing_else(

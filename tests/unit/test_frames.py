@@ -27,3 +27,15 @@ def test_an_end_that_was_killed_is_an_end() -> None:
         theirs.send(frames.pack({"id": 1}))
         theirs.close()  # with something unread: a reset
         assert list(frames.unpack(stream)) in ([], [({"id": 1}, b"")])
+
+
+def test_whole_frames_are_taken_out_of_what_was_read_so_far() -> None:
+    sent = b"".join(frames.pack({"id": number, "text": "\u00e4"}) for number in range(3))
+    read, found = bytearray(), []
+    for byte in sent[:-1]:
+        read.append(byte)
+        found += [header["id"] for header in frames.split(read)]
+    assert found == [0, 1]
+    read += sent[-1:]
+    assert [header["id"] for header in frames.split(read)] == [2]
+    assert read == b""
