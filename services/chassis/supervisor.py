@@ -35,6 +35,7 @@ from services.chassis.config.schema import EsperConfig
 from services.chassis.errors import EsperError, Reason
 from services.chassis.files import write_atomically
 from services.chassis.log_files import LogFiles
+from services.chassis.placement import Placement, device_interrupts, place
 
 #: The services of a run, and what each calls: they all start at once, and one that needs another waits for its address
 #: (:meth:`services.chassis.channel.ChannelFactory.until_known`) beside whatever else it has to make ready. They stop in
@@ -118,22 +119,6 @@ class Job:
     stop_seconds: float = 30.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Placement:
-    """Which processor cores are whose; both empty where there are too few to divide."""
-
-    job: frozenset[int]
-    services: frozenset[int]
-
-
-def place(cores: frozenset[int], threads: int) -> Placement:
-    """Give the job ``threads`` of ``cores`` and the services the rest; nothing is divided if none were left."""
-    if threads >= len(cores):
-        return Placement(frozenset(), frozenset())
-    own = frozenset(sorted(cores)[-threads:])
-    return Placement(own, cores - own)
-
-
 def _program(name: str) -> Sequence[str]:
     return (sys.executable, "-m", f"services.{name}")
 
@@ -195,7 +180,8 @@ class Supervisor:
         meanwhile. Raises EsperError, naming service and address: SERVICE_UNREACHABLE (configured elsewhere and not
         serving), SERVICE_START_FAILED (with its last words). Leaving the ``async with`` block stops what has started.
         """
-        self.placement = place(frozenset(os.sched_getaffinity(0)), job.threads if job is not None else 1)
+        threads = job.threads if job is not None else 1
+        self.placement = place(frozenset(os.sched_getaffinity(0)), threads, device_interrupts())
         self._keepers.append(asyncio.create_task(self._keep_logs()))
         if job is not None:
             self._job = asyncio.create_task(self._keep_job(job))

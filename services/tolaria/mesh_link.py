@@ -30,7 +30,6 @@ from google.protobuf.message import Message
 from esper.kasmina.v1 import seed_pb2
 from esper.tamiyo.v1 import observation_pb2, outcome_pb2
 from services.blueprints.spec import Blueprint
-from services.chassis import process
 from services.chassis.config.schema import EsperConfig
 from services.chassis.telemetry import current_traceparent
 from services.tolaria import frames
@@ -199,17 +198,15 @@ class MeshLink:
             started.wait()
 
     def _read(self, end: socket.socket) -> None:
-        """Keep what the other process says, until it is gone."""
-        begun = False
+        """Keep what the other process says, until it is gone.
+
+        On the cores of the training thread, not aside: whoever is sent to sleep with the interpreter's lock by a busy
+        service makes training wait for its next turn.
+        """
         # Reset: it was killed with something unread.
         with contextlib.suppress(ConnectionResetError):
             while read := end.recv(_READ_BYTES):
-                if not begun:
-                    # The first that it says is that the services are there, and not before, since until then the
-                    # supervisor may put all our threads where they compute.
-                    process.step_aside()
-                    self._ready.set()
-                    begun = True
+                self._ready.set()  # the first that it says is that it has begun
                 self._unheard.append(read)
                 if self._awaiting or len(self._unheard) > _MOST_UNHEARD:
                     self.hear()
@@ -282,7 +279,7 @@ class MeshLink:
         if "id" in header:
             self._answered(header["id"], header)
         elif "ready" in header:
-            pass  # the reading thread has seen to it
+            pass  # the reading thread has said so
         elif "arrived" in header:
             with self._lock:
                 self._more_commands = True

@@ -23,7 +23,7 @@ from services.chassis.channel import ADDRESSES_DIR
 from services.chassis.child import Child
 from services.chassis.config.schema import EsperConfig, ServicesConfig
 from services.chassis.errors import EsperError, Reason
-from services.chassis.supervisor import MAX_BACKOFF_SECONDS, NEEDS, Event, Job, State, Supervisor, place
+from services.chassis.supervisor import MAX_BACKOFF_SECONDS, NEEDS, Event, Job, State, Supervisor
 from tests.support.echo import Running, running
 
 pytestmark = pytest.mark.parallel
@@ -360,16 +360,6 @@ async def test_the_job_has_cores_of_its_own_and_the_services_the_rest(mesh: Mesh
             for thread in psutil.Process(service).threads():
                 assert os.sched_getaffinity(thread.id) == supervisor.placement.services
         assert psutil.Process(pid).nice() == 0
-
-
-def test_cores_are_divided_only_where_both_sides_get_some() -> None:
-    assert place(frozenset({0, 1}), 1) == place(frozenset({0, 1}), 1)
-    assert place(frozenset({0, 1}), 1).job == {1}
-    assert place(frozenset({0, 1, 2, 5}), 2).job == {2, 5}
-    assert place(frozenset({0, 1, 2, 5}), 2).services == {0, 1}
-    for cores, threads in (({0}, 1), ({0, 1}, 2), ({0, 1}, 8)):
-        assert place(frozenset(cores), threads).job == frozenset()
-        assert place(frozenset(cores), threads).services == frozenset()
 
 
 def test_waits_between_restarts_double_up_to_a_bound(mesh: Mesh) -> None:

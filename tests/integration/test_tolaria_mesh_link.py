@@ -279,8 +279,8 @@ def test_it_leaves_with_the_training_process_and_leaves_the_cores_that_train(
     assert all(os.sched_getaffinity(thread.id) == {min(cores)} for thread in process.threads())
     native = link._thread.native_id
     assert native is not None
-    assert os.sched_getaffinity(native) == {min(cores)}
-    assert os.sched_getaffinity(0) == cores
+    # It holds the lock of our interpreter now and then: nobody may put it to sleep meanwhile.
+    assert os.sched_getaffinity(native) == os.sched_getaffinity(0) == cores
     assert services.supervisor is not None
     pid = services.supervisor.services["tezzeret"].pid
     assert pid is not None
