@@ -1,7 +1,8 @@
 """Which processor cores are whose: those that compute for a job, and those that the services share. Linux.
 
 An interrupt takes its core from whatever computes there, and the services write to the disk just while a kernel is on
-its way: a training step on the core that serves the disk took a tenth longer then, on any other core no longer.
+its way. Seen once, in runs one after the other: training on the core that serves the disk, its median step took a tenth
+longer then; on the other core, one to two percent.
 """
 
 from __future__ import annotations
