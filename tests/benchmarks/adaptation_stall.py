@@ -1,16 +1,17 @@
 """Does growing make training wait? ``python -m tests.benchmarks.adaptation_stall --out FILE``.
 
-**While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo
-plants a seed every eighth epoch that leaves again once it was judged, so that the network is the host's between two
-trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched
-and verified; each seed has a kernel of its own, so no cache has it. Every step of a window has a partner: the step at
-the same place in an epoch near by in which no seed was alive. ``percent`` is by how much the statistic of the windows'
+**While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo plants a
+seed every eighth epoch that leaves again once it was judged, so that the network is the host's between two trials. A
+window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched and
+verified; each seed has a kernel of its own, so no cache has it. Every step of a window has a partner: the step at the
+same place in an epoch near by in which no seed was alive. ``percent`` is by how much the statistic of the windows'
 steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 % bootstrap intervals over whole
 windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the pooled figure counts (``holds``).
 ``holds_by_window`` is for information: it was added when the figures of 2026-11-26 were known, and of a dozen steps the
-99th percentile is nearly the longest one. What other tenants of a processor do to it comes and goes within seconds, and the tail of a few long windows says more of them than of us: there are hundreds of short
-ones, seconds apart. ``noise`` is the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is
-the CPU time of the training thread in the same steps.
+99th percentile is nearly the longest one. What other tenants of a processor do to it comes and goes within seconds, and
+the tail of a few long windows says more of them than of us: there are hundreds of short ones, seconds apart. ``noise``
+is the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is the CPU time of the training
+thread in the same steps.
 
 ``other_work``, for information: where two cores share a cache, or are two threads of one core, work on one may slow the
 other. Once after every trial, from the beginning of an epoch, a Python of nobody's works where the services run, for as
