@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -59,7 +59,7 @@ from services.kasmina.model import (
     SlotOccupancy,
     SlotStatus,
 )
-from services.kasmina.saved import BranchPlan, SavedTopology
+from services.kasmina.saved import BranchPlan, SavedTopology, record_json
 from services.kasmina.topology import GrowingNetwork
 from services.kasmina.widening import HOST, Draw
 
@@ -880,7 +880,7 @@ class GrowthEngine:
                 name: {"host_width": slot.width, "width": self._network.width(name)}
                 for name, slot in self._analysis.slots.items()
             },
-            "seeds": [asdict(record) for record in self._records.values()],
+            "seeds": [record_json(record) for record in self._records.values()],
         }
 
     # ------------------------------------------------------------------ bookkeeping

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from services.blueprints.spec import Blueprint, Interface
@@ -63,7 +63,7 @@ class SavedTopology:
                 seed: {"blueprint": plan.blueprint.to_json(), "interface": plan.interface.to_json()}
                 for seed, plan in self.plans.items()
             },
-            "seeds": [asdict(record) for record in self.records.values()],
+            "seeds": [record_json(record) for record in self.records.values()],
             "penalties": {slot: dict(penalties) for slot, penalties in self.penalties.items()},
             "quarantined": sorted(self.quarantined),
         }
@@ -115,9 +115,22 @@ class SavedTopology:
                 raise TopologyError(f"the topology is damaged: seed {seed!r} has no place")
 
 
+def record_json(record: SeedRecord) -> dict[str, Any]:
+    """``record`` as JSON."""
+    # Not with asdict, which copies every field deeply: all seeds that ever lived are written at every transition.
+    content = _flat(record)
+    for name in ("contribution", "plan_contribution", "blend"):
+        content[name] = None if content[name] is None else _flat(content[name])
+    return content
+
+
+def _flat(item: SeedRecord | Contribution | BlendState) -> dict[str, Any]:
+    return {field.name: getattr(item, field.name) for field in fields(item)}
+
+
 def _record(item: Mapping[str, Any]) -> SeedRecord:
     outcome = item["outcome"]
-    fields = {
+    values = {
         **item,
         "state": SeedState(item["state"]),
         # Nor have states saved before blending had schedules.
@@ -127,7 +140,7 @@ def _record(item: Mapping[str, Any]) -> SeedRecord:
         # States saved before plans were judged have none.
         "plan_contribution": _contribution(item.get("plan_contribution")),
     }
-    return SeedRecord(**fields)
+    return SeedRecord(**values)
 
 
 def _contribution(item: Mapping[str, Any] | None) -> Contribution | None:

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Protocol
 
 from services.blueprints.spec import Blueprint, Interface
@@ -113,6 +114,11 @@ class _Story:
     rewound: list[str] = field(default_factory=list)
 
 
+def _copied(story: Mapping[str, Any]) -> dict[str, Any]:
+    # One level deep: what the containers hold is written once and never changed, and a state is taken at every epoch.
+    return {name: copy(value) for name, value in story.items()}
+
+
 class AdaptationCoordinator:
     """The adaptations of one run. All methods belong to the training thread.
 
@@ -167,11 +173,11 @@ class AdaptationCoordinator:
         if story is not None:
             # A number once given is never given again, or a rollback would make two seeds of one name.
             next_seed = max(self._story.next_seed, int(story["next_seed"]))
-            self._story = _Story(**{**story, "next_seed": next_seed})
+            self._story = _Story(**{**_copied(story), "next_seed": next_seed})
 
     def state(self) -> dict[str, Any]:
         """As JSON, for the checkpoint."""
-        return asdict(self._story)
+        return _copied({item.name: getattr(self._story, item.name) for item in fields(self._story)})
 
     # ---- decisions -------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,8 @@ class RunReporter:
         #: Lines of the run folder's files that could not be written.
         self.lost_lines = 0
         self._transitions: dict[str, list[seed_pb2.SeedTransition]] = {}
+        #: Seeds as they were written to the lineage last, and their text.
+        self._lineage_lines: dict[str, tuple[dict[str, Any], str]] = {}
         self._picture = run_pb2.Run(
             name=run_name(run), epochs=epochs, run_dir=str(folder), start_time=observation.now()
         )
@@ -321,8 +323,17 @@ class RunReporter:
             self.status("training", f"{name} cannot be written: {error.strerror}", lost_lines=self.lost_lines)
 
     def _write_lineage(self, engine: GrowthEngine) -> None:
-        content = json.dumps(finite(engine.lineage()), indent=1) + "\n"
+        lineage = engine.lineage()
+        seeds = ",\n".join(self._lineage_line(seed) for seed in lineage.pop("seeds"))
+        content = f'{json.dumps(finite(lineage))[:-1]}, "seeds": [\n{seeds}\n]}}\n'
         self._rewrite(LINEAGE_FILE if self._arm == GROWN else f"lineage-{self._arm}.json", content)
+
+    def _lineage_line(self, seed: dict[str, Any]) -> str:
+        """A seed as it stands in the lineage; most have not changed since it was written last."""
+        known = self._lineage_lines.get(seed["seed"])
+        if known is None or known[0] != seed:
+            known = self._lineage_lines[seed["seed"]] = (seed, json.dumps(finite(seed)))
+        return known[1]
 
     def _rewrite(self, name: str, content: str) -> None:
         try:

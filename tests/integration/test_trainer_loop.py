@@ -263,6 +263,7 @@ def test_a_plan_is_grafted_judged_and_fossilized(tmp_path: Path) -> None:
     assert told == ["GERMINATED"] * 2 + ["LOADING", "GRAFTING", "EVALUATING"] * 2 + ["FOSSILIZED"] * 2
     lineage = json.loads((tmp_path / "lineage.json").read_text())
     assert [seed["state"] for seed in lineage["seeds"]] == ["FOSSILIZED"] * 2
+    assert lineage == json.loads(json.dumps(trainer.engine.lineage()))
     # Every epoch once, and the decision with its plan.
     assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         1,
@@ -707,6 +708,17 @@ def test_a_rollback_restores_the_last_good_state_exactly_and_changes_the_rate(tm
     # Steps 10 to 13 were made twice: they are billed twice, and said to be lost once.
     step = trainer.account.training_flops / (trainer.total_steps + 4)
     assert trainer.account.discarded_flops == pytest.approx(4 * step)
+
+
+def test_what_a_run_fell_back_to_stays_as_it_was(tmp_path: Path) -> None:
+    """It may have to fall back there once more."""
+    trainer = Harness(tmp_path, config_of(), ONCE).trainer()
+    good = trainer.capture().detached()
+    said = json.dumps(good.values)
+    trainer.restore(good)
+    trainer.train()
+    assert trainer.coordinator.state()["next_seed"] == 3
+    assert json.dumps(good.values) == said
 
 
 def test_a_rollback_blames_the_seeds_under_way(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_a_widening_walks_its_path_and_its_records_tell_the_story() -> None:
     lineage = engine.lineage()
     assert lineage["slots"]["groups.0.0"] == {"host_width": 4, "width": 7}
     assert json.loads(json.dumps(lineage))["seeds"][0]["state"] == "FOSSILIZED"
+    assert lineage["seeds"] == [dataclasses.asdict(record) for record in engine.seeds()]
     rows = {row.path: (row.operation, row.before_shape, row.after_shape) for row in engine.growth_table()}
     assert rows["groups.0.0"] == ("conv2d", (4, 1, 3, 3), (7, 1, 3, 3))
     assert rows["groups.0.2"] == ("batch_norm2d", (4,), (7,))
