@@ -1,16 +1,18 @@
 """Does growing make training wait? ``python -m tests.benchmarks.adaptation_stall --out FILE``.
 
-**While a kernel is on its way** (``in_flight``): a live run (`train.py` with all its services) in which Tamiyo plants a
-seed every eighth epoch that leaves again once it was judged, so that the network is the host's between two trials. A
-window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed, stored, fetched and
-verified; each seed has a kernel of its own, so no cache has it. Every step of a window has a partner: the step at the
-same place in an epoch near by in which no seed was alive. ``percent`` is by how much the statistic of the windows'
-steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 % bootstrap intervals over whole
-windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the pooled figure counts (``holds``).
+**While a kernel is on its way** (``in_flight``): live runs (`train.py` with all its services), one after another, in
+which Tamiyo plants a seed every eighth epoch that leaves again once it was judged, so that the network is the host's
+between two trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed,
+stored, fetched and verified; each seed has a kernel of its own, so no cache has it. Every step of a window has two
+partners: the steps at the same place in the two nearest epochs in which no seed was alive. ``percent`` is by how much
+the statistic of the windows' steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 %
+bootstrap intervals over whole windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the
+pooled figure of all runs counts (``holds``). How many windows there are was fixed before: one in sixty gave an interval
+30 points wide, so two thousand give one of about 5.
 ``holds_by_window`` is for information: it was added when the figures of 2026-11-26 were known, and of a dozen steps the
 99th percentile is nearly the longest one. What other tenants of a processor do to it comes and goes within seconds, and
-the tail of a few long windows says more of them than of us: there are hundreds of short ones, seconds apart. ``noise``
-is the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is the CPU time of the training
+the tail of a few long windows says more of them than of us: there are many short ones, a second apart. ``noise`` is
+the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is the CPU time of the training
 thread in the same steps.
 
 ``other_work``, for information: where two cores share a cache, or are two threads of one core, work on one may slow the
@@ -40,6 +42,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import json
 import operator
 import os
@@ -50,6 +53,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -139,12 +143,17 @@ def windows(lines: Sequence[dict[str, Any]]) -> list[Window]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The steps of one window, their idle partners, and partners of these."""
+    """The steps of one window and their idle partners: of two epochs, each paired with the window step by step."""
 
     window: Window
     steps: list[dict[str, Any]]
     idle: list[dict[str, Any]]
     other_idle: list[dict[str, Any]]
+
+    @property
+    def partners(self) -> list[dict[str, Any]]:
+        """All idle steps that are like those of the window."""
+        return [*self.idle, *self.other_idle]
 
 
 def pair(steps: Sequence[dict[str, Any]], found: Sequence[Window], busy: set[int], per_epoch: int) -> list[Pair]:
@@ -208,13 +217,26 @@ def waited(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What a live run showed: its windows, the times in which other work was done, and when its compiler was killed."""
+    """What live runs showed: their windows, the times in which other work was done, when their compilers were killed.
+
+    ``placement`` has one entry for each run.
+    """
 
     pairs: list[Pair]
     other_work: list[Pair]
     kills: list[float]
     steps: list[dict[str, Any]]
-    placement: dict[str, Any]
+    placement: list[dict[str, Any]]
+
+    def __add__(self, later: Live) -> Live:
+        """Both, one after the other."""
+        return Live(
+            self.pairs + later.pairs,
+            self.other_work + later.other_work,
+            self.kills + later.kills,
+            self.steps + later.steps,
+            self.placement + later.placement,
+        )
 
 
 def live(folder: Path, decisions: int, *, faults: bool = False) -> Live:
@@ -225,7 +247,9 @@ def live(folder: Path, decisions: int, *, faults: bool = False) -> Live:
     overrides = (*_RUN, f"training.epochs={epochs}", f"growth.decisions={decisions}", f"growth.window={window}")
     with measure.endless_run(folder, *overrides) as run:
         placement = _placement(run)
-        kills, others = (_failing if faults else _beside)(run, epochs)
+        # In a thread of its own, as it steps aside: what is started later must not be confined to where it is.
+        with ThreadPoolExecutor(1) as aside:
+            kills, others = aside.submit(_failing if faults else _beside, run, epochs).result()
         steps = measure.step_times(run.folder)
         lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
     per_epoch = max(step["step"] for step in steps) // epochs
@@ -238,16 +262,16 @@ def live(folder: Path, decisions: int, *, faults: bool = False) -> Live:
     other_work = [
         one for one in pair(steps, others, busy, per_epoch) if alive.isdisjoint(_epochs_of(one.steps, per_epoch))
     ]
-    return Live(pairs, other_work, kills, steps, placement)
+    return Live(pairs, other_work, kills, steps, [placement])
 
 
 def in_flight(run: Live) -> dict[str, Any]:
-    """What an undisturbed run says."""
-    tail = _figures(run.pairs, "seconds", lambda one: (one.idle, one.steps))
+    """What undisturbed runs say."""
+    tail = _figures(run.pairs, "seconds", lambda one: (one.partners, one.steps))
     assert tail is not None, "a live run has windows"
     return {
         **_described(run.pairs),
-        "step_cpu_time": _figures(run.pairs, "cpu_seconds", lambda one: (one.idle, one.steps)),
+        "step_cpu_time": _figures(run.pairs, "cpu_seconds", lambda one: (one.partners, one.steps)),
         "noise": _figures(run.pairs, "seconds", lambda one: (one.other_idle, one.idle)),
         "holds": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["pooled_interval"]),
         "holds_by_window": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["interval"]),
@@ -270,6 +294,7 @@ def under_faults(run: Live) -> dict[str, Any]:
         "noise": _figures(run.pairs, "seconds", lambda one: (one.other_idle, one.idle)),
         "steps_that_waited": len(waited(run.pairs)),
         "waited": waited(run.pairs),
+        "placement": run.placement,
     }
 
 
@@ -304,12 +329,12 @@ def _described(pairs: Sequence[Pair]) -> dict[str, Any]:
         "windows": len(pairs),
         "steps": sum(len(one.steps) for one in pairs),
         "window_seconds": {"median": statistics.median(lengths), "greatest": max(lengths)} if lengths else None,
-        "step_time": _figures(pairs, "seconds", lambda one: (one.idle, one.steps)),
+        "step_time": _figures(pairs, "seconds", lambda one: (one.partners, one.steps)),
     }
 
 
 def _step_aside(run: Run) -> None:
-    """Move this process to where the services are: it looks at the run, and must not take turns with the training."""
+    """Move this thread to where the services are: it looks at the run, and must not take turns with the training."""
     os.sched_setaffinity(0, run.process("tezzeret").cpu_affinity())
     os.nice(_NICE)
 
@@ -492,7 +517,8 @@ def _fault_rows(
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes JSON; 0 whatever the figures are."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--decisions", type=int, default=250)
+    parser.add_argument("--runs", type=int, default=4, help="undisturbed runs")
+    parser.add_argument("--decisions", type=int, default=500, help="of each of them; takes about a second each")
     parser.add_argument("--faults", type=int, default=30, help="decisions of the run whose compiler is killed; or 0")
     parser.add_argument("--rounds", type=int, default=100, help="turns of the fossilized and the static network")
     arguments = parser.parse_args(argv)
@@ -500,7 +526,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="esper-stall-") as name:
         folder = Path(name)
-        flying = in_flight(live(folder / "run", arguments.decisions))
+        runs = [live(folder / f"run-{number}", arguments.decisions) for number in range(arguments.runs)]
+        flying = in_flight(functools.reduce(operator.add, runs))
         failing = under_faults(live(folder / "faults", arguments.faults, faults=True)) if arguments.faults else None
         settled = {
             "widening": fossilized(folder / "widening", WIDEN, "groups.1.conv1", 12, arguments.rounds),

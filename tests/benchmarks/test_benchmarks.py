@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
     assert [step["step"] for step in adaptation_stall.waited([pair])] == [22]
     cancelled = [*lines[:1], {**lines[0], "to_state": "CANCELLED"}]
     assert adaptation_stall.windows(cancelled) == []
+
+
+def test_a_live_run_has_windows_and_other_work(tmp_path: Path) -> None:
+    """No timing: that there is something to compare, and that nothing is left of the one run when the next begins."""
+    cores = os.sched_getaffinity(0)
+    runs = [adaptation_stall.live(tmp_path / str(number), decisions=3) for number in range(2)]
+    assert os.sched_getaffinity(0) == cores
+    found = adaptation_stall.in_flight(runs[0] + runs[1])
+    assert 4 <= found["windows"] <= 6
+    assert found["other_work"]["windows"] >= 4
+    assert found["placement"][0] == found["placement"][1]
+    assert found["step_time"]["p99"]["pairs"] == found["windows"]
+
+
+def test_a_compiler_that_is_killed_meanwhile_compiles_again(tmp_path: Path) -> None:
+    run = adaptation_stall.live(tmp_path, decisions=2, faults=True)
+    found = adaptation_stall.under_faults(run)
+    assert len(run.kills) == found["cold"]["windows"] == 1
+    assert found["other_work"]["windows"] == 1
 
 
 def test_a_fossilized_network_is_compared_with_plain_pytorch(tmp_path: Path) -> None:
