@@ -82,8 +82,9 @@ STALL_LIMIT_PERCENT: Final = 5.0
 FOSSILIZED_LIMIT_PERCENT: Final = 2.0
 #: Epochs between trials: one lives for three, midway to the next Tamiyo is asked in vain, other work takes two.
 _EVERY: Final = 8
-#: Epochs after a trial's decision at which other work is done, and for how long, about as a kernel takes.
-_OTHER_AFTER: Final = 5
+#: Epochs before the first trial: the compiler has loaded torch by then, also where the machine has other work to do.
+_LEAD: Final = 150
+#: For how long other work is done, about as a kernel takes.
 _OTHER_SECONDS: Final = 0.15
 _OTHER_DATA: Final = {str(number): [number, 2.5 * number, "x" * 20] for number in range(500)}
 #: The same where the compiler is killed: room for a cold compile or for other work, and for idle epochs beside them.
@@ -268,13 +269,16 @@ class Live:
         )
 
 
-def live(folder: Path, trials: int, *, faults: bool = False) -> Live:
-    """A live run of ``trials`` trials; with ``faults`` its compiler is killed and other work done."""
-    every = _EVERY_FAULT if faults else _EVERY
-    epochs = every * (trials + 1)
+def live(folder: Path, trials: int, *, every: int = _EVERY, faults: bool = False) -> Live:
+    """A live run of ``trials`` trials, one ``every`` so many epochs.
+
+    With ``faults`` its compiler is killed, other work is done for longer, and the trials are as far apart as that needs.
+    """
+    every, lead = (_EVERY_FAULT, _EVERY_FAULT) if faults else (every, _LEAD)
+    epochs = lead + every * trials
     # Every second decision finds the slot at rest. Where windows are of hundreds of steps, how they begin is nothing.
     rest, decisions = (0, trials) if faults else (every // 2, 2 * trials)
-    window = [every / epochs, (every * trials + rest) / epochs]
+    window = [lead / epochs, (epochs - every + rest) / epochs]
     overrides = (
         *(*_RUN, f"training.epochs={epochs}", f"growth.window={window}"),
         *(f"growth.decisions={decisions}", f"growth.embargo_epochs={rest}"),
@@ -283,7 +287,8 @@ def live(folder: Path, trials: int, *, faults: bool = False) -> Live:
         placement = _placement(run)
         # In a thread of its own, as it steps aside: what is started later must not be confined to where it is.
         with ThreadPoolExecutor(1) as aside:
-            kills, others = aside.submit(_failing if faults else _beside, run, epochs).result()
+            watched = aside.submit(_failing, run, epochs) if faults else aside.submit(_beside, run, epochs, every)
+            kills, others = watched.result()
         steps = measure.step_times(run.folder)
         lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
         asked = {line["epoch"] for line in json_lines(run.folder / DECISIONS_FILE) if line["arm"] == "grown"}
@@ -392,11 +397,11 @@ def _epochs_over(run: Run, epochs: int) -> Iterator[int]:
     run.until(lambda: len(run.lines(STEP_TIMES_FILE)) > 0 and len(run.metrics()) >= epochs, "the last epoch", 120.0)
 
 
-def _beside(run: Run, epochs: int) -> tuple[list[float], list[Window]]:
-    """Wait for the end, other work done meanwhile; returns no kills, and when it was done."""
+def _beside(run: Run, epochs: int, every: int) -> tuple[list[float], list[Window]]:
+    """Wait for the end, other work done after each decision in vain; returns no kills, and when it was done."""
     others: list[Window] = []
     for epoch in _epochs_over(run, epochs):
-        if epoch >= _EVERY * (len(others) + 1) + _OTHER_AFTER:
+        if epoch > _LEAD + every * len(others) + every // 2:
             began = time.time()
             while time.time() < began + _OTHER_SECONDS:
                 json.loads(json.dumps(_OTHER_DATA))

@@ -131,16 +131,23 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
     assert adaptation_stall.windows(cancelled) == []
 
 
+@pytest.mark.full
 def test_a_live_run_has_windows_and_other_work(tmp_path: Path) -> None:
-    """No timing: that there is something to compare, and that nothing is left of the one run when the next begins."""
+    """No timing: that there is something to compare, and that nothing is left of the one run when the next begins.
+
+    Not of every trial: a decision may come too late, a kernel may be so slow that no epoch beside it is idle. Trials are
+    far apart, for a machine that has other work to do.
+    """
     cores = os.sched_getaffinity(0)
-    runs = [adaptation_stall.live(tmp_path / str(number), trials=3) for number in range(2)]
+    trials = 4
+    runs = [adaptation_stall.live(tmp_path / str(number), trials, every=32) for number in range(2)]
     assert os.sched_getaffinity(0) == cores
     found = adaptation_stall.in_flight(runs[0] + runs[1])
-    assert 4 <= found["windows"] <= 6
-    assert found["other_work"]["windows"] >= 4
+    assert found["windows"] == len(runs[0].pairs) + len(runs[1].pairs) >= trials
+    assert found["other_work"]["windows"] >= 2
     assert found["placement"][0] == found["placement"][1]
-    assert found["step_time"]["p99"]["pairs"] == found["after_no_decision"]["p99"]["pairs"] == found["windows"]
+    assert found["step_time"]["p99"]["pairs"] == found["windows"]
+    assert found["after_no_decision"]["p99"]["pairs"] > 0
 
 
 def test_a_compiler_that_is_killed_meanwhile_compiles_again(tmp_path: Path) -> None:
