@@ -4,16 +4,21 @@
 which Tamiyo plants a seed every eighth epoch that leaves again once it was judged, so that the network is the host's
 between two trials. A window is from GERMINATED to LOADING: in it the kernel is asked for, built, checked, signed,
 stored, fetched and verified; each seed has a kernel of its own, so no cache has it. Every step of a window has two
-partners: the steps at the same place in the two nearest epochs in which no seed was alive. ``percent`` is by how much
-the statistic of the windows' steps exceeds that of their partners (wall clock, from ``telemetry.step_times``), 95 %
-bootstrap intervals over whole windows. Limit: 5 % at the 99th percentile; a window is too short for a tail, so the
-pooled figure of all runs counts (``holds``). How many windows there are was fixed before: one in sixty gave an interval
-30 points wide, so two thousand give one of about 5.
-``holds_by_window`` is for information: it was added when the figures of 2026-11-26 were known, and of a dozen steps the
-99th percentile is nearly the longest one. What other tenants of a processor do to it comes and goes within seconds, and
-the tail of a few long windows says more of them than of us: there are many short ones, a second apart. ``noise`` is
-the same between idle epochs: what the machine does on its own. ``step_cpu_time`` is the CPU time of the training
-thread in the same steps.
+partners: the steps at the same place in the two nearest epochs of the same kind in which no seed was alive. An epoch
+is of one kind or the other by whether Tamiyo was asked at its beginning: midway between two trials it is asked, too,
+and plants nothing, as the slot rests. ``percent`` is by how much the statistic of the windows' steps exceeds that of
+their partners (wall clock, from ``telemetry.step_times``), 95 % bootstrap intervals over whole windows. Limit: 5 % at
+the 99th percentile; a window is too short for a tail, so the pooled figure of all runs counts (``holds``). How many
+windows there are was fixed before: one in sixty gave an interval 30 points wide, so two thousand give one of about 5.
+``holds_by_window`` is for information: of a dozen steps the 99th percentile is nearly the longest one. What other
+tenants of a processor do to it comes and goes within seconds, and the tail of a few long windows says more of them than
+of us: there are many short ones, a second apart. ``noise`` is the same between idle epochs: what the machine does on
+its own. ``step_cpu_time`` is the CPU time of the training thread in the same steps.
+
+``after_no_decision`` has partners that no decision came before; it was all there was until the evening of 2026-11-26,
+and read +3.7 % [+0.7, +7.0] in 872 windows. The steps that follow a decision find the processor's caches full of it:
+with the compiler stopped they were as much slower (the first by a tenth), and the others were not slower at all. That
+is the price of asking, whatever the answer, and not of a kernel on its way.
 
 ``other_work``, for information: where two cores share a cache, or are two threads of one core, work on one may slow the
 other. Once after every trial, from the beginning of an epoch, a Python of nobody's works where the services run, for as
@@ -26,10 +31,10 @@ parsed, built and grafted (milliseconds; no step, so in none of the figures abov
 ``steps_that_waited``: steps of windows that stood still, safe point included, without using their processor, for as
 long as half of their window: a step that waits for a compile waits about as long as it takes. Must be 0.
 
-**When the compiler fails meanwhile** (``faults``): another such run, with a decision every 80th epoch. ``cold`` are the
-windows after the compiler's processes were killed, before every third decision: it loads torch anew, which takes some
+**When the compiler fails meanwhile** (``faults``): another such run, with a trial every 80th epoch. ``cold`` are the
+windows after the compiler's processes were killed, before every third trial: it loads torch anew, which takes some
 hundred steps. ``other_work`` is what the machine makes of that: a Python of nobody's loads torch where the services
-run, once after every third decision; the steps meanwhile have idle partners, too. ``cold_against_other_work`` compares
+run, once after every third trial; the steps meanwhile have idle partners, too. ``cold_against_other_work`` compares
 the cold windows with their neighbors of these: what a compile costs beyond any other work on the other core.
 
 **Once it is part of the network** (``fossilized``): a widening and a branch that were fossilized by the trainer,
@@ -53,6 +58,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +72,7 @@ from torch.nn import functional as F
 from services.blueprints.spec import Blueprint
 from services.tolaria import rebuild
 from services.tolaria.export import export
-from services.tolaria.reporting import METRICS_FILE
+from services.tolaria.reporting import DECISIONS_FILE, METRICS_FILE
 from services.tolaria.step_times import STEP_TIMES_FILE
 from tests.benchmarks import measure
 from tests.infrastructure.runs import Run, json_lines
@@ -74,18 +80,18 @@ from tests.integration.trainer_harness import BRANCH, WIDEN, Harness, config_of,
 
 STALL_LIMIT_PERCENT: Final = 5.0
 FOSSILIZED_LIMIT_PERCENT: Final = 2.0
-#: Epochs between decisions: a trial lives for three, other work takes one, and both need idle partners near by.
+#: Epochs between trials: one lives for three, midway to the next Tamiyo is asked in vain, other work takes two.
 _EVERY: Final = 8
-#: Epochs after a decision at which other work is done, and for how long, about as a kernel takes.
-_OTHER_AFTER: Final = 4
+#: Epochs after a trial's decision at which other work is done, and for how long, about as a kernel takes.
+_OTHER_AFTER: Final = 5
 _OTHER_SECONDS: Final = 0.15
 _OTHER_DATA: Final = {str(number): [number, 2.5 * number, "x" * 20] for number in range(500)}
 #: The same where the compiler is killed: room for a cold compile or for other work, and for idle epochs beside them.
 _EVERY_FAULT: Final = 80
-#: Epochs before a decision at which the compiler is killed: the trial before is over, the next has not begun.
+#: Epochs before a trial at which the compiler is killed: the trial before is over, the next has not begun.
 _KILL_BEFORE: Final = 4
 _COLD_EVERY: Final = 3
-#: Epochs after the decision that follows a cold one at which other work is done: the seed has left.
+#: Epochs after the trial that follows a cold one at which other work is done: the seed has left.
 _OTHER_AFTER_COLD: Final = 14
 _COLD_WORK: Final = (sys.executable, "-c", "import torch, torch._dynamo")
 _RUN: Final = (
@@ -96,8 +102,8 @@ _RUN: Final = (
     "growth.evaluation.threshold=1000",
     "growth.evaluation.doubtful=cull",
     "growth.evaluation.min_epochs=0",
-    "growth.embargo_epochs=0",
-    "growth.budget.flops=8",
+    # So much that each decision's share buys a channel.
+    "growth.budget.flops=80",
     # Hundreds of epochs on the digits: the loss is nearly zero, and the least thing looks like a divergence.
     "governor.enabled=false",
     "growth.policy=random",
@@ -156,8 +162,17 @@ class Pair:
         return [*self.idle, *self.other_idle]
 
 
-def pair(steps: Sequence[dict[str, Any]], found: Sequence[Window], busy: set[int], per_epoch: int) -> list[Pair]:
-    """Match each step of the windows to those of the same place in the nearest epochs that are not ``busy``."""
+def pair(
+    steps: Sequence[dict[str, Any]],
+    found: Sequence[Window],
+    busy: set[int],
+    per_epoch: int,
+    decided: AbstractSet[int] = frozenset(),
+) -> list[Pair]:
+    """Match each step of the windows to those of the same place in the nearest epochs that are not ``busy``.
+
+    Epochs among ``decided`` are matched to such ones, all others to others.
+    """
     by_number = {step["step"]: step for step in steps}
     # The first epoch warms up; of the last not all steps need be there.
     idle = [epoch for epoch in range(1, max(by_number) // per_epoch) if epoch not in busy]
@@ -166,16 +181,27 @@ def pair(steps: Sequence[dict[str, Any]], found: Sequence[Window], busy: set[int
         inside = _steps_in(window, steps)
         if not inside:
             continue  # shorter than a step, or between two epochs
-        epochs = _epochs_of(inside, per_epoch)
-        near = sorted(idle, key=lambda epoch: abs(epoch - epochs[0]))[: 2 * len(epochs)]
-        if len(near) == 2 * len(epochs):
+        near = _partners(_epochs_of(inside, per_epoch), idle, decided)
+        if near is not None:
             at = [divmod(step["step"] - 1, per_epoch) for step in inside]
             partners = [
-                [by_number[near[2 * epochs.index(epoch) + side] * per_epoch + place + 1] for epoch, place in at]
-                for side in (0, 1)
+                [by_number[near[epoch][side] * per_epoch + place + 1] for epoch, place in at] for side in (0, 1)
             ]
             pairs.append(Pair(window, inside, *partners))
     return pairs
+
+
+def _partners(epochs: Sequence[int], idle: Sequence[int], decided: AbstractSet[int]) -> dict[int, Sequence[int]] | None:
+    """Two of ``idle`` for each of ``epochs``, the nearest of its kind; None if there are not so many."""
+    found: dict[int, Sequence[int]] = {}
+    for asked in (True, False):
+        own = [epoch for epoch in epochs if (epoch in decided) is asked]
+        alike = [epoch for epoch in idle if (epoch in decided) is asked]
+        near = sorted(alike, key=lambda epoch: abs(epoch - epochs[0]))
+        if len(near) < 2 * len(own):
+            return None
+        found |= {epoch: near[2 * place : 2 * place + 2] for place, epoch in enumerate(own)}
+    return found
 
 
 def _steps_in(window: Window, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,10 +245,12 @@ def waited(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 class Live:
     """What live runs showed: their windows, the times in which other work was done, when their compilers were killed.
 
-    ``placement`` has one entry for each run.
+    ``after_no_decision`` are the windows again, with partners that no decision came before. ``placement`` has one entry
+    for each run.
     """
 
     pairs: list[Pair]
+    after_no_decision: list[Pair]
     other_work: list[Pair]
     kills: list[float]
     steps: list[dict[str, Any]]
@@ -232,6 +260,7 @@ class Live:
         """Both, one after the other."""
         return Live(
             self.pairs + later.pairs,
+            self.after_no_decision + later.after_no_decision,
             self.other_work + later.other_work,
             self.kills + later.kills,
             self.steps + later.steps,
@@ -239,12 +268,17 @@ class Live:
         )
 
 
-def live(folder: Path, decisions: int, *, faults: bool = False) -> Live:
-    """A live run of ``decisions`` decisions; with ``faults`` its compiler is killed and other work done."""
+def live(folder: Path, trials: int, *, faults: bool = False) -> Live:
+    """A live run of ``trials`` trials; with ``faults`` its compiler is killed and other work done."""
     every = _EVERY_FAULT if faults else _EVERY
-    epochs = every * (decisions + 1)
-    window = [every / epochs, every * decisions / epochs]
-    overrides = (*_RUN, f"training.epochs={epochs}", f"growth.decisions={decisions}", f"growth.window={window}")
+    epochs = every * (trials + 1)
+    # Every second decision finds the slot at rest. Where windows are of hundreds of steps, how they begin is nothing.
+    rest, decisions = (0, trials) if faults else (every // 2, 2 * trials)
+    window = [every / epochs, (every * trials + rest) / epochs]
+    overrides = (
+        *(*_RUN, f"training.epochs={epochs}", f"growth.window={window}"),
+        *(f"growth.decisions={decisions}", f"growth.embargo_epochs={rest}"),
+    )
     with measure.endless_run(folder, *overrides) as run:
         placement = _placement(run)
         # In a thread of its own, as it steps aside: what is started later must not be confined to where it is.
@@ -252,17 +286,22 @@ def live(folder: Path, decisions: int, *, faults: bool = False) -> Live:
             kills, others = aside.submit(_failing if faults else _beside, run, epochs).result()
         steps = measure.step_times(run.folder)
         lines = [line for line in json_lines(run.folder / "events.jsonl") if line["arm"] == "grown"]
+        asked = {line["epoch"] for line in json_lines(run.folder / DECISIONS_FILE) if line["arm"] == "grown"}
     per_epoch = max(step["step"] for step in steps) // epochs
     alive, found = busy_epochs(lines), windows(lines)
     # A compiler that was killed loads torch at once, before it is asked.
     loading = [Window(kill, min((one.begin for one in found if one.begin >= kill), default=kill)) for kill in kills]
     busy = alive.union(*(_epochs_of(_steps_in(other, steps), per_epoch) for other in (*others, *loading)))
-    pairs = pair(steps, found, busy, per_epoch)
-    assert len(pairs) >= 2, f"only {len(pairs)} of {decisions} decisions led to a window with steps in it"
+    decided = set[int]() if faults else asked
+    pairs = pair(steps, found, busy, per_epoch, decided)
+    assert len(pairs) >= 2, f"only {len(pairs)} of {trials} trials had a window with steps in it"
+    after_no_decision = pair(steps, found, busy | asked, per_epoch)
     other_work = [
-        one for one in pair(steps, others, busy, per_epoch) if alive.isdisjoint(_epochs_of(one.steps, per_epoch))
+        one
+        for one in pair(steps, others, busy, per_epoch, decided)
+        if alive.isdisjoint(_epochs_of(one.steps, per_epoch))
     ]
-    return Live(pairs, other_work, kills, steps, [placement])
+    return Live(pairs, after_no_decision, other_work, kills, steps, [placement])
 
 
 def in_flight(run: Live) -> dict[str, Any]:
@@ -275,6 +314,7 @@ def in_flight(run: Live) -> dict[str, Any]:
         "noise": _figures(run.pairs, "seconds", lambda one: (one.other_idle, one.idle)),
         "holds": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["pooled_interval"]),
         "holds_by_window": measure.below(STALL_LIMIT_PERCENT, tail["p99"]["interval"]),
+        "after_no_decision": _figures(run.after_no_decision, "seconds", lambda one: (one.partners, one.steps)),
         "other_work": _described(run.other_work),
         "beyond_other_work": _against(run.pairs, run.other_work),
         "graft_pause": _grafts([one.window for one in run.pairs], run.steps),
@@ -518,15 +558,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes JSON; 0 whatever the figures are."""
     parser = measure.parser(__doc__)
     parser.add_argument("--runs", type=int, default=4, help="undisturbed runs")
-    parser.add_argument("--decisions", type=int, default=500, help="of each of them; takes about a second each")
-    parser.add_argument("--faults", type=int, default=30, help="decisions of the run whose compiler is killed; or 0")
+    parser.add_argument("--trials", type=int, default=500, help="of each of them; takes about a second each")
+    parser.add_argument("--faults", type=int, default=30, help="trials of the run whose compiler is killed; or 0")
     parser.add_argument("--rounds", type=int, default=100, help="turns of the fossilized and the static network")
     arguments = parser.parse_args(argv)
     before = measure.environment()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="esper-stall-") as name:
         folder = Path(name)
-        runs = [live(folder / f"run-{number}", arguments.decisions) for number in range(arguments.runs)]
+        runs = [live(folder / f"run-{number}", arguments.trials) for number in range(arguments.runs)]
         flying = in_flight(functools.reduce(operator.add, runs))
         failing = under_faults(live(folder / "faults", arguments.faults, faults=True)) if arguments.faults else None
         settled = {
@@ -554,6 +594,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("step time, median", row(flying["step_time"]["median"])),
         ("step time, p99", f"{tail(flying['step_time'])} (limit 5 %)"),
         ("step time, p99 by window", row(flying["step_time"]["p99"])),
+        ("p99, against steps after no decision", tail(flying["after_no_decision"])),
         ("p99, other work", tail(flying["other_work"]["step_time"])),
         ("p99, beyond other work", tail(flying["beyond_other_work"])),
         ("p99, idle steps against idle steps", tail(flying["noise"])),

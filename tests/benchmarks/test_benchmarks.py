@@ -118,6 +118,10 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
     assert [step["step"] for step in pair.steps] == [21, 22, 23]
     assert [step["step"] for step in pair.idle] == [17, 18, 19]
     assert [step["step"] for step in pair.other_idle] == [13, 14, 15]
+    (alike,) = adaptation_stall.pair(steps, adaptation_stall.windows(lines), busy, per_epoch=4, decided={1, 3, 5})
+    assert [step["step"] for step in alike.idle] == [13, 14, 15]
+    assert [step["step"] for step in alike.other_idle] == [5, 6, 7]
+    assert adaptation_stall.pair(steps, adaptation_stall.windows(lines), busy, per_epoch=4, decided={3, 5}) == []
     between_steps = adaptation_stall.Window(0.201, 0.202)
     assert adaptation_stall.pair(steps, [between_steps], busy, per_epoch=4) == []
     assert adaptation_stall.waited([pair]) == []
@@ -130,17 +134,17 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
 def test_a_live_run_has_windows_and_other_work(tmp_path: Path) -> None:
     """No timing: that there is something to compare, and that nothing is left of the one run when the next begins."""
     cores = os.sched_getaffinity(0)
-    runs = [adaptation_stall.live(tmp_path / str(number), decisions=3) for number in range(2)]
+    runs = [adaptation_stall.live(tmp_path / str(number), trials=3) for number in range(2)]
     assert os.sched_getaffinity(0) == cores
     found = adaptation_stall.in_flight(runs[0] + runs[1])
     assert 4 <= found["windows"] <= 6
     assert found["other_work"]["windows"] >= 4
     assert found["placement"][0] == found["placement"][1]
-    assert found["step_time"]["p99"]["pairs"] == found["windows"]
+    assert found["step_time"]["p99"]["pairs"] == found["after_no_decision"]["p99"]["pairs"] == found["windows"]
 
 
 def test_a_compiler_that_is_killed_meanwhile_compiles_again(tmp_path: Path) -> None:
-    run = adaptation_stall.live(tmp_path, decisions=2, faults=True)
+    run = adaptation_stall.live(tmp_path, trials=2, faults=True)
     found = adaptation_stall.under_faults(run)
     assert len(run.kills) == found["cold"]["windows"] == 1
     assert found["other_work"]["windows"] == 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from services.tolaria.data.splits import DataSet, Split
-from tests.benchmarks.growth import analysis, command, hosts, permit, report, training, tuning
+from tests.benchmarks.growth import analysis, command, hosts, permit, report, training, tuning, upkeep
 from tests.benchmarks.growth.analysis import DishonestRunsError
 from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, tuning_units, units
 from tests.benchmarks.growth.canary import easy_images
@@ -499,6 +499,25 @@ def test_the_page_of_the_repository_is_what_its_json_says() -> None:
     assert (ROOT / report.PAGE).read_text(encoding="utf-8") == text, "run python -m tests.benchmarks.growth --report"
     for name, drawing in drawings.items():
         assert (ROOT / report.FOLDER / name).read_text(encoding="utf-8") == drawing
+
+
+def test_the_page_says_what_is_within_its_limit_and_what_is_not_known(tmp_path: Path) -> None:
+    assert upkeep.section(tmp_path) is None
+    steps = {name: {"percent": 1.5, "interval": [low, 4.0]} for name, low in (("median", 0.5), ("p99", -1.0))}
+    made = {
+        "window_seconds": 0.5,
+        "rate_reached": 199.6,
+        "limits": {"median_percent": 2.0, "p99_percent": 10.0},
+        "step_time": steps,
+        "holds": {"median": None, "p99": True},
+    }
+    (tmp_path / "control_load.json").write_text(json.dumps(made))
+    rows = [line for line in (upkeep.section(tmp_path) or "").splitlines() if line.startswith("|")][2:]
+    meanwhile = "of step times within 0.5 s while the gateways answer 200 calls a second"
+    assert rows == [
+        f"| median {meanwhile} | +1.50 % [+0.50, +4.00] | 2 % | not shown |",
+        f"| 99th percentile {meanwhile} | +1.50 % [-1.00, +4.00] | 10 % | yes |",
+    ]
 
 
 def test_what_the_readme_and_the_guide_quote_is_what_the_json_says() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.chassis.files import write_atomically
-from tests.benchmarks.growth import arms, plots
+from tests.benchmarks.growth import arms, plots, upkeep
 from tests.benchmarks.growth.analysis import compare, difference, differences, parts, spread, verdict
 from tests.infrastructure.processes import ROOT
 
@@ -130,6 +130,8 @@ def pages(root: Path = ROOT) -> tuple[str, dict[str, str]]:
         sections += ["## Growing from scratch", *_described(growth, growth["hosts"], str, drawings)]
     else:
         sections += ["## Growing from scratch", "The final run has not been made: nothing is claimed."]
+    if (costs := upkeep.section(root / FOLDER)) is not None:
+        sections += ["## What the platform costs a run", costs]
     return "\n\n".join(section.strip() for section in sections) + "\n", drawings
 
 
