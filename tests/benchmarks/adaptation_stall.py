@@ -272,7 +272,7 @@ class Live:
 def live(folder: Path, trials: int, *, every: int = _EVERY, faults: bool = False) -> Live:
     """A live run of ``trials`` trials, one ``every`` so many epochs.
 
-    With ``faults`` its compiler is killed, other work is done for longer, and the trials are as far apart as that needs.
+    With ``faults`` its compiler is killed, other work is done for longer, and trials are as far apart as that needs.
     """
     every, lead = (_EVERY_FAULT, _EVERY_FAULT) if faults else (every, _LEAD)
     epochs = lead + every * trials

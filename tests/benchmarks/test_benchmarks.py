@@ -135,8 +135,8 @@ def test_steps_in_flight_are_paired_with_idle_ones_of_the_same_place() -> None:
 def test_a_live_run_has_windows_and_other_work(tmp_path: Path) -> None:
     """No timing: that there is something to compare, and that nothing is left of the one run when the next begins.
 
-    Not of every trial: a decision may come too late, a kernel may be so slow that no epoch beside it is idle. Trials are
-    far apart, for a machine that has other work to do.
+    Not of every trial: a decision may come too late, a kernel may be so slow that no epoch beside it is idle. Trials
+    are far apart, for a machine that has other work to do.
     """
     cores = os.sched_getaffinity(0)
     trials = 4

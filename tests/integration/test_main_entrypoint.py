@@ -279,9 +279,9 @@ def test_services_only_can_be_interrupted_while_it_starts(tmp_path: Path) -> Non
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     """A run to its end, with controls."""
     output = tmp_path_factory.mktemp("whole")
-    sets = (*SHORT, "growth.window=[0.2, 0.3]", "growth.wait_for_kernel=true", "growth.evaluation.min_epochs=1")
+    grows = ("growth.window=[0.2, 0.3]", "growth.wait_for_kernel=true", "growth.evaluation.min_epochs=1")
     # There is one decision, and it must be made however busy the machine is.
-    sets = (*sets, "growth.decision_deadline_seconds=30")
+    sets = (*SHORT, *grows, "growth.decision_deadline_seconds=30")
     return train("--json", "--verbose", "--compare", "--output", str(output), sets=sets), output
 
 
