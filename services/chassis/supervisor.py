@@ -294,11 +294,15 @@ class Supervisor:
             return address
 
         ready = asyncio.create_task(serving())
-        await asyncio.wait(
-            {ready, child.ended}, timeout=self._config.startup_timeout_seconds, return_when=asyncio.FIRST_COMPLETED
-        )
-        if child.ended.done() or not ready.done():
+        # Another service's failure may end this wait: then nobody asks how it went, and asyncio would print a trace.
+        ready.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            await asyncio.wait(
+                {ready, child.ended}, timeout=self._config.startup_timeout_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
             ready.cancel()
+        if child.ended.done() or not ready.done() or ready.exception() is not None:
             how = _describe(child.ended.result()) if child.ended.done() else "not serving in time"
             await child.stop(0.0, self._now)
             raise EsperError(

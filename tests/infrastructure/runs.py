@@ -21,12 +21,11 @@ from tests.infrastructure.processes import ROOT
 
 SERVICES: Final = ("urza", "oona", "tamiyo", "kasmina", "tolaria", "tezzeret")
 
-#: The quick start, shorter: one decision early, grafts judged soon, a checkpoint after every epoch. Decision and kernel
-#: are waited for, so that how fast this machine is decides nothing, and two such runs are equal bit for bit.
+#: The quick start, shorter: one decision early, grafts judged soon, a checkpoint after every epoch. The kernel is
+#: waited for, so that how fast this machine compiles decides nothing, and two such runs are equal bit for bit.
 SHORT: Final = (
     "training.epochs=16",
     "training.checkpoint_every_epochs=1",
-    "growth.decision_deadline_seconds=30",
     "growth.wait_for_kernel=true",
     "growth.window=[0.05,0.3]",
     "growth.decisions=1",

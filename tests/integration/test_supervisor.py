@@ -230,6 +230,18 @@ async def test_a_service_configured_elsewhere_that_is_not_there_is_an_error(mesh
     assert caught.value.reason is Reason.SERVICE_UNREACHABLE
 
 
+async def test_nothing_is_left_of_a_start_that_anothers_failure_ended(mesh: Mesh, outside: Running) -> None:
+    """Else what was left fails later, unasked, and asyncio prints its trace in the middle of ours."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    mesh.behave({"kasmina": "hang"})
+    config = _only("kasmina", outside, startup_timeout_seconds=1.0, drain_seconds=0.2, urza={"address": address})
+    with pytest.raises(EsperError, match=f"urza at {address} is not serving"):
+        async with mesh.supervisor(config) as supervisor:
+            await supervisor.start()
+    assert [task for task in asyncio.all_tasks() if "Supervisor" in repr(task.get_coro())] == []
+
+
 async def test_a_job_runs_talks_and_ends(mesh: Mesh, outside: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPER__TRAINING__EPOCHS", "3")
     job, heard = _job("done")

@@ -20,6 +20,7 @@ from tests.benchmarks.growth.arms import ARMS, Unit, needs, ready, tuning_units,
 from tests.benchmarks.growth.canary import easy_images
 from tests.benchmarks.growth.protocol import (
     EXTEND,
+    FIXED_RULES,
     GROWTH,
     PROTOCOLS,
     SIX,
@@ -547,6 +548,25 @@ def test_a_table_quoted_in_short_leaves_out_arms_that_lack_seeds(tmp_path: Path)
     assert "old" not in quoted
     assert quoted.startswith("before\n")
     assert quoted.endswith("<!-- end -->\nafter")
+
+
+def test_rules_quoted_in_short_are_of_whole_hosts(tmp_path: Path) -> None:
+    rules: dict[str, list[float | None]] = {rule: [80.0, 80.5 + place] for place, rule in enumerate(FIXED_RULES)}
+    whole = table(tamiyo=[82.0, 83.0], **rules)
+    entries = {host: {"seeds": [10, 11]} for host in SIX}
+    made = {"protocol": {**GROWTH.content(), "entries": entries}, "hosts": dict.fromkeys(SIX, whole)}
+    (tmp_path / report.FOLDER).mkdir(parents=True)
+    file = tmp_path / report.FOLDER / "growth.json"
+    file.write_text(json.dumps(made))
+    mark = "<!-- from rules of docs/benchmarks/growth.json, by python -m tests.benchmarks.growth --report -->"
+    rows = report.quoting(f"{mark}\n<!-- end -->", tmp_path).splitlines()[3:-1]
+    assert [row.split(" | ")[0] for row in rows] == [*(f"| `{host}`" for host in SIX), "| **mean of the six**"]
+    assert rows[0].startswith("| `balanced` | 82.5 | +2.25 [-0.93, +5.43] | +1.75 [")
+    assert "| +2.25 [+2.00, +2.50] |" in rows[-1], "six hosts have a narrower interval than one"
+    made["hosts"]["balanced"] = table(tamiyo=[82.0, 83.0], **rules | {"random": [80.0]})
+    file.write_text(json.dumps(made))
+    rows = report.quoting(f"{mark}\n<!-- end -->", tmp_path).splitlines()[3:-1]
+    assert [row.split(" | ")[0] for row in rows] == [f"| `{host}`" for host in SIX[1:]]
 
 
 def test_budgets_are_drawn_together(tmp_path: Path) -> None:

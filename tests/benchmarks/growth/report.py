@@ -11,6 +11,7 @@ from typing import Any, Final
 from services.chassis.files import write_atomically
 from tests.benchmarks.growth import arms, plots, upkeep
 from tests.benchmarks.growth.analysis import compare, difference, differences, parts, spread, verdict
+from tests.benchmarks.growth.protocol import FIXED_RULES, SIX
 from tests.infrastructure.processes import ROOT
 
 PAGE: Final = "docs/benchmarks.md"
@@ -69,17 +70,19 @@ def write(root: Path = ROOT) -> Path:
 
 def quoting(text: str, root: Path = ROOT) -> str:
     """``text`` with the tables of the results between their marks, where it has them, as the JSON has them now."""
-    for name, in_short in (("extend", _extend_in_short), ("growth", _growth_in_short)):
-        found = _read(root / FOLDER / f"{name}.json")
-        if found is not None and _mark(name) in text:
-            before, _, rest = text.partition(_mark(name))
+    quotes = (("extend", "", _extend_in_short), ("growth", "", _growth_in_short), ("growth", "rules", _rules_in_short))
+    for name, part, in_short in quotes:
+        found, mark = _read(root / FOLDER / f"{name}.json"), _mark(name, part)
+        if found is not None and mark in text:
+            before, _, rest = text.partition(mark)
             _, _, after = rest.partition(_END)
-            text = f"{before}{_mark(name)}\n{in_short(found)}\n{_END}{after}"
+            text = f"{before}{mark}\n{in_short(found)}\n{_END}{after}"
     return text
 
 
-def _mark(name: str) -> str:
-    return f"<!-- from docs/benchmarks/{name}.json, by python -m tests.benchmarks.growth --report -->"
+def _mark(name: str, part: str = "") -> str:
+    where = f"{part} of docs/benchmarks/{name}.json" if part else f"docs/benchmarks/{name}.json"
+    return f"<!-- from {where}, by python -m tests.benchmarks.growth --report -->"
 
 
 def _extend_in_short(extend: Mapping[str, Any]) -> str:
@@ -111,6 +114,26 @@ def _growth_in_short(growth: Mapping[str, Any]) -> str:
         test, parameters = (statistics.fmean(table[key]) for key in ("test_accuracy", "parameters"))
         rows.append(f"| {IN_WORDS[arm]} | {test:.1f} | {parameters:,.0f} | {gain} |")
     return "\n".join(rows)
+
+
+def _rules_in_short(growth: Mapping[str, Any]) -> str:
+    """Tamiyo against each fixed rule on the hosts whose seeds are all there, and over all of them once they all are."""
+    rows = [f"| host | Tamiyo, test % | over {' | over '.join(FIXED_RULES)} |", "|---|---|" + "---|" * len(FIXED_RULES)]
+    confidence, whole = growth["protocol"]["confidence"], []
+    for host in SIX:
+        arms_of, seeds = growth["hosts"][host]["arms"], growth["protocol"]["entries"][host]["seeds"]
+        if all(arms_of.get(arm, {"seed": None})["seed"] == seeds for arm in ("tamiyo", *FIXED_RULES)):
+            whole.append(host)
+            test = statistics.fmean(arms_of["tamiyo"]["test_accuracy"])
+            rows.append(f"| `{host}` | {test:.1f} | {_gains(growth['hosts'], [host], confidence)} |")
+    if whole == list(SIX):
+        rows.append(f"| **mean of the six** | | {_gains(growth['hosts'], SIX, confidence)} |")
+    return "\n".join(rows)
+
+
+def _gains(tables: Mapping[str, Any], hosts: Sequence[str], confidence: float) -> str:
+    samples = ([list(differences(tables, host, "tamiyo", rule).values()) for host in hosts] for rule in FIXED_RULES)
+    return " | ".join(_in_table(compare(each, margin=None, confidence=confidence)) for each in samples)
 
 
 def _in_table(found: Mapping[str, Any]) -> str:
