@@ -86,6 +86,23 @@ def change_percent(
     }
 
 
+def nested_median(groups: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, list[float]]:
+    """The median of all values, with its 95 % bootstrap interval over groups and the values within them.
+
+    For groups that differ beyond what their values do (Davison and Hinkley, Bootstrap Methods, section 3.8).
+    """
+    generator = random.Random(seed)
+    draws = [
+        statistics.median(
+            value
+            for group in generator.choices(groups, k=len(groups))
+            for value in generator.choices(group, k=len(group))
+        )
+        for _ in range(_DRAWS)
+    ]
+    return statistics.median(value for group in groups for value in group), _interval(draws)
+
+
 def below(limit: float, interval: Sequence[float]) -> bool | None:
     """Whether the whole ``interval`` is below ``limit``; False if all of it is above, None if the noise decides."""
     low, high = interval
@@ -108,9 +125,14 @@ def p99(values: Sequence[float]) -> float:
 
 
 @contextlib.contextmanager
-def endless_run(output: Path, *overrides: str, config: str = "configs/quickstart.yaml") -> Iterator[Run]:
+def endless_run(
+    output: Path,
+    *overrides: str,
+    config: str = "configs/quickstart.yaml",
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Run]:
     """A real run (`train.py`, its services and its training process) that trains until the block ends."""
-    with running(output, *ENDLESS, *overrides, config=config) as run:
+    with running(output, *ENDLESS, *overrides, config=config, environment=environment) as run:
         run.until(lambda: run.lines(STEP_TIMES_FILE), "the first epoch's step times")
         try:
             yield run

@@ -42,6 +42,16 @@ def test_a_change_is_found_between_pairs_and_none_where_there_is_none() -> None:
     assert measure.below(1.0, (-2.0, 2.0)) is None
 
 
+def test_groups_that_differ_widen_the_interval() -> None:
+    values = [[0.1 * value + offset for value in range(10)] for offset in (0.0, 0.0, 0.0, 0.0)]
+    middle, alike = measure.nested_median(values)
+    assert middle == pytest.approx(0.45)
+    _, apart = measure.nested_median(
+        [[value + offset for value in group] for group, offset in zip(values, (-2, -1, 1, 2), strict=True)]
+    )
+    assert apart[0] < alike[0] <= middle <= alike[1] < apart[1]
+
+
 @pytest.mark.full
 def test_control_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(control_load, tmp_path, capsys, "--turns", "4", "--window", "0.5")
@@ -80,14 +90,18 @@ def test_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_dormant(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dormant, "DIGITS", dataclasses.replace(dormant.DIGITS, turn_epochs=1))
-    result = result_of(dormant, tmp_path, capsys, "--rounds", "3", "--epochs", "2")
+    result = result_of(dormant, tmp_path, capsys, "--starts", "2", "--rounds", "2", "--epochs", "2")
     # No timing either: a run without growth is the plain loop, to the last bit.
     assert result["different"] == []
     assert result["bit_identical"] is True
     assert result["tensors"] > 20
     assert result["case"] == "digits"
-    assert set(result["cpu_ms_per_step"]) == {"bare", "off", "deciding"}
-    for key, interval in (("overhead_percent", "interval"), ("overhead_percent_deciding", "interval_deciding")):
+    assert set(result["cpu_ms_per_step"]) == {"bare", "again", "off", "deciding"}
+    for key, interval in (
+        ("overhead_percent", "interval"),
+        ("overhead_percent_deciding", "interval_deciding"),
+        ("noise_percent", "interval_noise"),
+    ):
         assert result[interval][0] <= result[key] <= result[interval][1]
 
 
