@@ -48,6 +48,8 @@ def _dormant(found: Mapping[str, Any]) -> Iterator[_Row]:
             what = f"CPU time over a plain PyTorch loop, {said} ({step})"
             measured = _percent(case[f"overhead_percent{suffix}"], case[f"interval{suffix}"])
             yield what, measured, limit, _VERDICTS[case[f"holds{suffix}"]]
+        measured = _percent(case["noise_percent"], case["interval_noise"])
+        yield f"the noise of that measure: the plain loop over itself ({step})", measured, "", ""
 
 
 def _stall(found: Mapping[str, Any]) -> Iterator[_Row]:
