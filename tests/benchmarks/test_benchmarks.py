@@ -164,7 +164,9 @@ def test_a_live_run_has_windows_and_other_work(tmp_path: Path) -> None:
     assert found["after_no_decision"]["p99"]["pairs"] > 0
 
 
+@pytest.mark.full
 def test_a_compiler_that_is_killed_meanwhile_compiles_again(tmp_path: Path) -> None:
+    """Beside another test a compiler that starts anew took nearly as long as trials are apart: no idle epoch was left."""
     run = adaptation_stall.live(tmp_path, trials=2, faults=True)
     found = adaptation_stall.under_faults(run)
     assert len(run.kills) == found["cold"]["windows"] == 1
