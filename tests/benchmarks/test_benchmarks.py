@@ -166,7 +166,7 @@ def test_a_live_run_has_windows_and_other_work(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_compiler_that_is_killed_meanwhile_compiles_again(tmp_path: Path) -> None:
-    """Beside another test a compiler that starts anew took nearly as long as trials are apart: no idle epoch was left."""
+    """Beside another test a compiler that starts anew took nearly as long as trials are apart: no epoch was idle."""
     run = adaptation_stall.live(tmp_path, trials=2, faults=True)
     found = adaptation_stall.under_faults(run)
     assert len(run.kills) == found["cold"]["windows"] == 1
